@@ -1,0 +1,940 @@
+"""Generative Teaching Networks in one file (Such et al., arXiv 1912.07768).
+
+A teacher makes synthetic images; a freshly initialised learner trains on them for a few SGD steps
+(the inner loop); its loss on real data is differentiated through the whole of that training, and
+the teacher follows this meta-gradient (the outer step). The file reads in that order: config, data,
+teacher, learner, inner loop and meta-gradient, evaluation, files, training, command line.
+
+    python gtn.py                                  # embedded glyphs, needs no download
+    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images
+    python gtn.py --help                           # every flag, config and field
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+CLASSES = 10  # of every data set below
+FORMAT = 1  # version of the files that a run leaves
+
+
+class InputError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
+
+
+# ------------------------------------------------------------------------------------------ config
+
+COUNT = (lambda x: 1 <= x < 2**31, "at least 1")
+COUNT_FROM_0 = (lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
+POSITIVE = (lambda x: 0 < x < 1e9, "above 0")
+FRACTION = (lambda x: 0 < x < 1, "between 0 and 1")
+VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
+DATASETS = ("mnist", "fashion", "kmnist", "cifar10", "glyphs")
+NORMALIZATIONS = ("layer", "instance", "batch")
+
+
+def setting(default, source, valid=None):
+    """A field of `Config`: default, unit and source, and what is valid: choices or (test, words)."""
+    return dataclasses.field(default=default, metadata={"source": source, "valid": valid})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run; `configs.json` names differences. Raises InputError on a bad value."""
+
+    # experiment
+    name: str = setting("A", "entry of configs.json; a run lies in <name>-<variant>-s<seed>")
+    variant: str = setting("learned", "the latent input; or a baseline without generator", VARIANTS)
+    seed: int = setting(0, "fixes everything on a CPU, bit for bit", COUNT_FROM_0)
+    dataset: str = setting("mnist", "glyphs: embedded; the others: torchvision", DATASETS)
+    # curriculum
+    inner_steps: int = setting(20, "T; earlier run: A 20, B and C 10; paper: 32", COUNT)
+    batch_size: int = setting(32, "B, images per inner step; earlier run: 32, C 16; paper: 128", COUNT)
+    # teacher
+    latent_size: int = setting(64, "numbers per image; earlier run: 64; paper: 128", COUNT)
+    hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024", COUNT)
+    generator_filters: int = setting(64, "at 1/4 of the image size, half of it at 1/2; paper: 128, 64", COUNT)
+    image_scale: float = setting(2.0, "pixels are scale * tanh; paper: 2", POSITIVE)
+    inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, where (64, 128) filters diverge", POSITIVE)
+    momentum: float = setting(0.5, "mu at the start; paper: 0.5", FRACTION)
+    per_step: bool = setting(True, "alpha and mu are learned for each inner step; paper: yes")
+    # learner
+    filters: tuple = setting((64, 128), "per conv block; [low, high]: sampled for every outer step")
+    normalization: str = setting("instance", "layer, instance: per sample; batch: of the last synthetic batch",
+                                 NORMALIZATIONS)  # fmt: skip
+    # meta-gradient
+    meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128", COUNT)
+    meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next, the last always; paper: 1",
+                                   COUNT)  # fmt: skip
+    segment: int = setting(1, "inner steps whose graph is held at a time; inner_steps: the full graph", COUNT)
+    # outer optimizer: Adam with cosine decay
+    outer_steps: int = setting(5000, "length of the schedule; earlier run: 5000; paper: 2000", COUNT)
+    outer_lr: float = setting(0.02, "paper: 0.02; earlier run: 0.01", POSITIVE)
+    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1; 1: constant", POSITIVE)
+    outer_beta1: float = setting(0.5, "ours: 0.5, better after 25 and 50 outer steps; paper: 0.9", FRACTION)
+    outer_beta2: float = setting(0.999, "Adam's default", FRACTION)
+    # bookkeeping
+    validate_every: int = setting(25, "outer steps", COUNT)
+    validation_learners: int = setting(2, "fresh learners per validation", COUNT)
+    validation_images: int = setting(2000, "images per validation", COUNT)
+    test_learners: int = setting(10, "fresh learners for the test accuracy at the end", COUNT)
+    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", (lambda x: x >= 0, "0 or more"))
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind, valid = getattr(self, field.name), type(field.default), field.metadata["valid"]
+            if kind is float and type(value) is int:
+                value = float(value) if abs(value) < 2**53 else math.inf
+            if kind is tuple and isinstance(value, list):
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            object.__setattr__(self, field.name, value)  # normalised: 1 -> 1.0, list -> tuple
+            problem = None
+            if type(value) is not kind:
+                problem = f"must be of type {kind.__name__}, such as {json.dumps(field.default)}"
+            elif isinstance(valid, tuple) and callable(valid[0]):
+                problem = None if valid[0](value) else f"must be {valid[1]}"
+            elif valid and value not in valid:
+                problem = f"must be one of {', '.join(valid)}"
+            if problem:
+                raise InputError(f"{field.name}={json.dumps(value)}: {problem}")
+        for entry in self.filters or [None]:
+            low, high = entry if type(entry) is tuple and len(entry) == 2 else (entry, entry)
+            if type(low) is not int or type(high) is not int or not 1 <= low <= high < 2**20:
+                raise InputError(f"filters={json.dumps(self.filters)}: must be a list with, for each conv block, "
+                                 "a number of at least 1 or [low, high]")  # fmt: skip
+        if not all(c.isalnum() or c in "._-" for c in self.name) or self.name.strip(".") == "":
+            raise InputError(f"name={json.dumps(self.name)}: must be letters, digits, '-', '_' and '.'")
+
+
+def load_configs():
+    """Named experiments: {name: {field: value}}, the differences from `Config`'s defaults."""
+    path = Path(__file__).with_name("configs.json")
+    try:
+        configs = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; restore it from the repository") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}, line 1: not JSON text ({type(error).__name__})") from None
+    if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
+        raise InputError(f"{path}, line 1: must be an object of objects: {{name: {{field: value}}}}")
+    return configs
+
+
+def make_config(name="quick", settings=(), **flags):
+    """The Config of a named experiment, changed by "KEY=VALUE" settings, then by flags that are not None."""
+    configs, fields = load_configs(), {f.name: f for f in dataclasses.fields(Config)}
+    if name not in configs:
+        raise InputError(f"unknown config {name!r}: configs.json has {', '.join(configs)}")
+    changes = {"name": name, **configs[name]}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}: must be KEY=VALUE, such as --set inner_steps=5")
+        with contextlib.suppress(ValueError, RecursionError):  # a bare word is a string: variant=random
+            value = json.loads(value)
+        changes[key] = value
+    changes.update({key: value for key, value in flags.items() if value is not None})
+    if unknown := [key for key in changes if key not in fields]:
+        raise InputError(f"unknown field {unknown[0]!r}: must be one of {', '.join(fields)}")
+    return Config(**changes)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+class Split(NamedTuple):
+    """images [N, C, H, W] float, normalised; labels [N] int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class Data(NamedTuple):
+    """The whole data set on the device; mean and std [C] of the training pixels (in 0..1) normalise it."""
+
+    train: Split
+    validation: Split
+    test: Split
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+DEJAVU = [f"DejaVu{style}" for style in ("Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Bold")]
+FONTS = [*DEJAVU, "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10"]
+TEST_FONTS = ["DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralBolIta", "cmb10", "cmss10", "cmtt10"]
+
+
+def glyph_bitmaps(font, size=28, height=19):
+    """The ten digits of one of matplotlib's fonts, centred, `height` pixels tall: [10, size, size] in 0..1."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    face = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")))
+    bitmaps = torch.zeros(CLASSES, size, size)
+    for digit in range(CLASSES):
+        face.set_size(28, 72)
+        face.set_text(str(digit))
+        face.draw_glyphs_to_bitmap()
+        ink = torch.from_numpy(np.array(face.get_image())).float() / 255
+        rows, columns = ink.amax(1).nonzero(), ink.amax(0).nonzero()
+        ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        width = min(size, max(1, round(height * ink.shape[1] / ink.shape[0])))
+        ink = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+        top, left = (size - height) // 2, (size - width) // 2
+        bitmaps[digit, top : top + height, left : left + width] = ink
+    return bitmaps
+
+
+def draw_glyphs(count, fonts, generator):
+    """`count` distorted digits: images [count, 1, 28, 28] in 0..1 and labels [count], drawn from `fonts`."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    labels = torch.arange(count) % CLASSES
+    bitmaps = torch.stack([glyph_bitmaps(font) for font in fonts])
+    images = bitmaps[torch.randint(len(fonts), (count,), generator=generator), labels][:, None]
+    angle, shear, scale = uniform(-0.35, 0.35), uniform(-0.3, 0.3), uniform(0.85, 1.25)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    x, y = uniform(-0.16, 0.16), uniform(-0.16, 0.16)
+    affine = torch.stack([cos, shear * cos - sin, x, sin, shear * sin + cos, y], 1).view(count, 2, 3)
+    images = F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False)
+    thick = uniform(-0.5, 1).clamp(min=0).view(-1, 1, 1, 1)  # a third of the digits keep their font's weight
+    images = torch.lerp(images, F.max_pool2d(images, 3, stride=1, padding=1), thick)
+    noise = uniform(0.0, 0.2).view(-1, 1, 1, 1) * torch.randn(images.shape, generator=generator)
+    return (images + noise).clamp(0, 1), labels
+
+
+def glyphs():
+    """Embedded digits: 20,000 for training and validation, 5,000 for test, half from fonts never trained on."""
+    parts = [(20_000, FONTS), (2_500, FONTS), (2_500, TEST_FONTS)]
+    drawn = [draw_glyphs(n, fonts, torch.Generator().manual_seed(i)) for i, (n, fonts) in enumerate(parts)]
+    (images, labels), *test = drawn
+    return images, labels, torch.cat([t[0] for t in test]), torch.cat([t[1] for t in test]), 4_000
+
+
+def torchvision_images(dataset, folder):
+    """(training images, labels, test images, labels, validation size) of a torchvision data set, pixels in 0..1."""
+    import torchvision.datasets
+
+    names = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
+    arrays = []
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress would bury our one line
+            for train in (True, False):
+                part = getattr(torchvision.datasets, names[dataset])(folder, train=train, download=True)
+                images = torch.as_tensor(part.data).float() / 255
+                arrays += [images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]]
+                arrays += [torch.as_tensor(part.targets)]
+    except Exception as error:  # offline, no such folder, read-only, damaged files: the remedy is the same
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"no {names[dataset]} in {str(folder)!r}, and it cannot be downloaded ({reason[0]}): put its files into "
+            f"{Path(folder, names[dataset])}/, or name another folder with --data, or use --config quick"
+        ) from None
+    return (*arrays, 10_000)
+
+
+def load_data(dataset, folder, device):
+    """The Data of a data set, on the device. Raises InputError where its files cannot be had."""
+    if dataset == "glyphs":
+        images, labels, test_images, test_labels, validation = glyphs()
+    else:
+        images, labels, test_images, test_labels, validation = torchvision_images(dataset, folder)
+    train = len(images) - validation
+    std, mean = torch.std_mean(images[:train], dim=(0, 2, 3))
+    splits = [(images[:train], labels[:train]), (images[train:], labels[train:]), (test_images, test_labels)]
+    return Data(
+        *(Split(((x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).to(device), y.to(device)) for x, y in splits),
+        mean.to(device), std.to(device),
+    )  # fmt: skip
+
+
+def sample(split, *shape):
+    """Random images [*shape, C, H, W] and labels [*shape] of a split, with replacement."""
+    index = torch.randint(len(split.labels), shape, device=split.labels.device)
+    return Split(split.images[index], split.labels[index])
+
+
+# ----------------------------------------------------------------------------------------- teacher
+
+
+class Curriculum(NamedTuple):
+    """What a learner trains on: images [T, B, C, H, W], labels [T, B] int64, lr [T], momentum [T]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    lr: torch.Tensor
+    momentum: torch.Tensor
+
+    def detach(self):
+        """The same numbers without a graph."""
+        return Curriculum(*(x.detach() for x in self))
+
+    def shuffled(self, order):
+        """The same images in another order: batch-shuffled permutes T, all-shuffled T x B; lr and momentum stay."""
+        T, B = self.labels.shape
+        if order == "in order":
+            return self
+        index = torch.randperm(T)[:, None] * B + torch.arange(B) if order == "batch-shuffled" else torch.randperm(T * B)
+        index = index.to(self.labels.device).view(T, B)
+        return self._replace(images=self.images.flatten(0, 1)[index], labels=self.labels.flatten()[index])
+
+
+def make_generator(config, image_shape):
+    """Latent input and one-hot label [N, latent + 10] to an image [N, C, H, W] (paper, section 3.1 and appendix).
+
+    Starts at a quarter of the image size; transposed convolutions double it twice.
+    """
+    channels, height, width = image_shape
+    wide, narrow = config.generator_filters, max(1, config.generator_filters // 2)
+    norm = {"track_running_stats": False}  # the statistics of the whole curriculum: a function of phi alone
+    return nn.Sequential(
+        nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
+        nn.BatchNorm1d(config.hidden_size, **norm),
+        nn.LeakyReLU(0.1),
+        nn.Linear(config.hidden_size, wide * (height // 4) * (width // 4)),
+        nn.Unflatten(1, (wide, height // 4, width // 4)),
+        nn.BatchNorm2d(wide, **norm),
+        nn.LeakyReLU(0.1),
+        nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(narrow, **norm),
+        nn.LeakyReLU(0.1),
+        nn.ConvTranspose2d(narrow, channels, 4, stride=2, padding=1),
+        nn.Tanh(),
+    )
+
+
+class Teacher(nn.Module):
+    """Everything that is meta-learned, phi: generator, latent input, inner learning rate and momentum.
+
+    Called with real data (which only the variant `real` reads) it returns a Curriculum, differentiable in phi.
+    """
+
+    def __init__(self, config, image_shape):
+        super().__init__()
+        self.config = config
+        T, B = config.inner_steps, config.batch_size
+        learned_steps = T if config.per_step else 1
+        # logarithm and logit keep the learning rate positive and the momentum within (0, 1)
+        self.log_lr = nn.Parameter(torch.full((learned_steps,), config.inner_lr).log())
+        self.logit_momentum = nn.Parameter(torch.full((learned_steps,), config.momentum).logit())
+        self.register_buffer("labels", (torch.arange(B) % CLASSES).repeat(T, 1))
+        if config.variant == "pixels":
+            self.images = nn.Parameter(torch.randn(T, B, *image_shape))
+        elif config.variant != "real":
+            self.generator = make_generator(config, image_shape)
+            latent = torch.randn(T, B, config.latent_size)
+            if config.variant == "learned":
+                self.latent = nn.Parameter(latent)
+            elif config.variant == "random_fixed":
+                self.register_buffer("latent", latent)
+
+    def forward(self, data):
+        T, B = self.labels.shape
+        lr, momentum = self.log_lr.exp().expand(T), self.logit_momentum.sigmoid().expand(T)
+        if self.config.variant == "real":
+            return Curriculum(*sample(data.train, T, B), lr, momentum)
+        if self.config.variant == "pixels":
+            return Curriculum(self.images, self.labels, lr, momentum)
+        if self.config.variant == "random":
+            latent = torch.randn(T, B, self.config.latent_size, device=lr.device, dtype=lr.dtype)
+        else:
+            latent = self.latent
+        inputs = torch.cat([latent, F.one_hot(self.labels, CLASSES).to(latent)], 2)
+        images = self.config.image_scale * self.generator(inputs.flatten(0, 1))
+        return Curriculum(images.unflatten(0, (T, B)), self.labels, lr, momentum)
+
+
+# ----------------------------------------------------------------------------------------- learner
+
+
+class Architecture(NamedTuple):
+    """A learner: conv blocks (convolution, 2x2 pooling, normalisation, leaky ReLU), then a linear layer."""
+
+    filters: tuple
+    kernels: tuple  # one odd size for each block
+    pooling: str = "max"  # or "average"
+    normalization: str = "instance"
+
+
+def sample_architecture(config):
+    """An Architecture of the config: its fixed filters, or a new draw from its ranges (both ends included)."""
+    ranges = [f if isinstance(f, tuple) else (f, f) for f in config.filters]
+    filters = tuple(int(torch.randint(low, high + 1, ())) for low, high in ranges)
+    return Architecture(filters, (3,) * len(filters), normalization=config.normalization)
+
+
+def parameter_shapes(architecture, image_shape):
+    """Shapes of theta: for each block weight, scale, shift; then the linear layer's weight and bias.
+
+    Raises InputError where the pooling of that many blocks leaves nothing of the image.
+    """
+    channels, height, width = image_shape
+    shapes, blocks = [], len(architecture.filters)
+    for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
+        shapes += [(filters, channels, kernel, kernel), (filters,), (filters,)]
+        channels, height, width = filters, height // 2, width // 2
+    if not height * width:
+        raise InputError(f"{blocks} conv blocks are too deep for images of {image_shape[1]}x{image_shape[2]}")
+    return [*shapes, (CLASSES, channels * height * width), (CLASSES,)]
+
+
+def init_learner(architecture, image_shape, device="cpu", dtype=torch.float32):
+    """theta_0, a list of tensors: Kaiming normal weights, scales of one, shifts and bias of zero."""
+    theta = []
+    for shape in parameter_shapes(architecture, image_shape):
+        if len(shape) > 1:
+            gain = "leaky_relu" if len(shape) == 4 else "linear"
+            weight = nn.init.kaiming_normal_(torch.empty(shape, device=device, dtype=dtype), nonlinearity=gain)
+            theta.append(weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight)
+        else:
+            theta.append(torch.full(shape, len(theta) % 3 == 1, device=device, dtype=dtype))
+    return theta
+
+
+def convolve(x, weight):
+    """Convolution with zero padding that keeps the size."""
+    padding = weight.shape[-1] // 2
+    if x.shape[1] > 3:
+        return F.conv2d(x, weight, padding=padding)
+    # Few channels: as a matrix product, which leaves the result channels-last as the kernels downstream want
+    # it; on a CPU this takes a quarter off the whole outer step.
+    patches = F.unfold(x, weight.shape[-1], padding=padding).transpose(1, 2)
+    return (patches @ weight.flatten(1).t()).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def normalize(x, scale, shift, kind, statistics):
+    """Normalisation of x [N, C, H, W]; batch statistics are those of its first `statistics` rows."""
+    if kind == "batch":
+        variance, mean = torch.var_mean(x[:statistics], dim=(0, 2, 3), keepdim=True, correction=0)
+        factor = scale.view(-1, 1, 1) * torch.rsqrt(variance + 1e-5)
+        return torch.addcmul(shift.view(-1, 1, 1) - mean * factor, x, factor)
+    return F.group_norm(x, 1 if kind == "layer" else x.shape[1], scale, shift)
+
+
+def learner(theta, images, architecture, reference=None):
+    """Logits [N, 10] for images [N, C, H, W]: a pure function of its arguments.
+
+    With batch normalisation the statistics are those of `reference` images (the last synthetic batch), so that
+    a prediction never depends on the other real images; without a reference, those of `images` themselves.
+    """
+    x, statistics = images, len(images)
+    if architecture.normalization == "batch" and reference is not None:
+        x, statistics = torch.cat([reference, images]), len(reference)
+    pool = F.max_pool2d if architecture.pooling == "max" else F.avg_pool2d
+    *blocks, weight, bias = theta
+    for i in range(0, len(blocks), 3):
+        x = pool(convolve(x, blocks[i]), 2)  # before normalisation and activation: a quarter of their work
+        x = normalize(x, blocks[i + 1], blocks[i + 2], architecture.normalization, statistics)
+        x = F.leaky_relu(x, 0.01)
+    return F.linear(x[-len(images) :].flatten(1), weight, bias)
+
+
+# ------------------------------------------------------------------- inner loop and meta-gradient
+#
+#   theta_t  learner's parameters after t inner steps     phi       all that the teacher learns
+#   v_t      velocity                                     alpha_t   inner learning rate, mu_t momentum
+#   g_t      gradient of the loss on synthetic batch t    lambda_t  adjoint: dL/d(theta_t, v_t)
+#
+#   inner step (paper, section 3.1)    v_{t+1} = mu_t v_t + g_t(theta_t),  theta_{t+1} = theta_t - alpha_t v_{t+1}
+#   meta-loss                          L = mean over chosen t of the loss of theta_t on real data
+#   meta-gradient                      dL/dphi, through theta_T, ..., theta_1
+
+
+def sgd(theta, velocity, gradients, lr, momentum):
+    """One step of SGD with momentum as a pure function: (theta, velocity), as torch.optim.SGD computes it."""
+    velocity = [momentum * v + g for v, g in zip(velocity, gradients, strict=True)]
+    return [p - lr * v for p, v in zip(theta, velocity, strict=True)], velocity
+
+
+def unroll(theta, velocity, curriculum, architecture, real=None, create_graph=False):
+    """The curriculum's inner steps from (theta, velocity): returns (theta, velocity, meta-losses).
+
+    real: for each step a Split on which the updated learner's meta-loss is taken, or None. With create_graph the
+    result can be differentiated in theta, velocity and curriculum; without, no step's graph outlives the step.
+    """
+    meta_losses = []
+    for images, labels, lr, momentum, real_batch in zip(*curriculum, real or [None] * len(curriculum.lr), strict=True):
+        logits = learner(theta, images, architecture)
+        loss = F.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, theta, create_graph=create_graph)
+        theta, velocity = sgd(theta, velocity, gradients, lr, momentum)
+        if not create_graph:
+            theta = leaves(theta)
+        if real_batch:
+            logits = learner(theta, real_batch.images, architecture, reference=images)
+            meta_losses.append(F.cross_entropy(logits, real_batch.labels))
+    return theta, velocity, meta_losses
+
+
+def leaves(tensors):
+    """The same numbers without history, ready to be differentiated in."""
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def meta_gradient(theta, curriculum, architecture, real, segment):
+    """Meta-loss and its exact gradient in the curriculum: (loss, d images [T, B, C, H, W], d lr [T], d momentum [T]).
+
+    By segments, so that memory does not grow with T: a first sweep trains the learner and keeps only
+    (theta_t, v_t) where a segment begins; a second one goes from the last segment to the first, recomputes each
+    with its graph and pulls the adjoint back through it. segment >= T is the plain full graph; same numbers.
+    """
+    T, losses_taken = len(real), sum(batch is not None for batch in real)
+    segments = [slice(t, t + segment) for t in range(0, T, segment)]
+    parts = [Curriculum(*(x.detach()[s] for x in curriculum)) for s in segments]
+    states = [(leaves(theta), [torch.zeros_like(p) for p in theta])]
+    for part in parts[:-1]:
+        states.append(unroll(*states[-1], part, architecture)[:2])
+
+    adjoint = [torch.zeros_like(p) for p in theta] * 2
+    meta_loss, collected = 0, []
+    while segments:
+        theta, velocity = map(leaves, states.pop())
+        images, lr, momentum = leaves([(part := parts.pop()).images, part.lr, part.momentum])
+        end, end_velocity, losses = unroll(
+            theta, velocity, Curriculum(images, part.labels, lr, momentum), architecture,
+            real[segments.pop()], create_graph=True,
+        )  # fmt: skip
+        weights = [torch.full_like(loss, 1 / losses_taken) for loss in losses]
+        gradients = torch.autograd.grad(
+            [*end, *end_velocity, *losses], [*theta, *velocity, images, lr, momentum], [*adjoint, *weights]
+        )
+        *adjoint, d_images, d_lr, d_momentum = gradients
+        collected.insert(0, (d_images, d_lr, d_momentum))
+        meta_loss = meta_loss + sum(loss.detach() for loss in losses) / losses_taken
+    return meta_loss, *(torch.cat(parts) for parts in zip(*collected, strict=True))
+
+
+def meta_batches(data, config):
+    """For each inner step the real training images of its meta-loss, or None (`meta_loss_every`)."""
+    T, every = config.inner_steps, config.meta_loss_every
+    return [None if (T - t) % every else sample(data.train, config.meta_batch_size) for t in range(1, T + 1)]
+
+
+def outer_step(teacher, optimizer, data, step):
+    """One step on phi with a fresh learner; returns (meta-loss, norm of the gradient in phi) as numbers.
+
+    Leaves phi as it was where either is not finite.
+    """
+    config, image_shape = teacher.config, data.train.images.shape[1:]
+    progress = (1 - math.cos(math.pi * step / config.outer_steps)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = config.outer_lr * (1 + (config.outer_lr_end - 1) * progress)
+    architecture = sample_architecture(config)
+    theta = init_learner(architecture, image_shape, data.mean.device, data.mean.dtype)
+    curriculum = teacher(data)
+    meta_loss, *gradients = meta_gradient(theta, curriculum, architecture, meta_batches(data, config), config.segment)
+    outputs = zip((curriculum.images, curriculum.lr, curriculum.momentum), gradients, strict=True)
+    outputs, gradients = zip(*[(x, g) for x, g in outputs if x.requires_grad], strict=True)  # `real` has no images
+    optimizer.zero_grad()
+    torch.autograd.backward(outputs, gradients)
+    norm = nn.utils.get_total_norm([p.grad for p in teacher.parameters()])
+    meta_loss, norm = torch.stack([meta_loss, norm]).tolist()
+    if math.isfinite(meta_loss) and math.isfinite(norm):
+        optimizer.step()
+    return meta_loss, norm
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+ORDERS = ("in order", "batch-shuffled", "all-shuffled")
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Inside, random numbers depend on the key (whole numbers) alone; outside, their stream is undisturbed."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
+
+
+def train_learner(theta, curriculum, architecture):
+    """theta_T of a learner that starts at theta_0; keeps no graph."""
+    velocity = [torch.zeros_like(p) for p in theta]
+    return unroll(leaves(theta), velocity, curriculum.detach(), architecture)[0]
+
+
+@torch.no_grad()
+def accuracy(theta, split, architecture, reference):
+    """Fraction of a split's images that the learner gets right, inductively: see `learner` for the reference."""
+    correct = 0
+    for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
+        correct += (learner(theta, images, architecture, reference).argmax(1) == labels).sum()
+    return float(correct) / len(split.labels)
+
+
+def evaluate(teacher, data, split, learners, order="in order"):
+    """Accuracies on `split` of fresh learners, none of which the teacher has met; a list of `learners` numbers.
+
+    Learner k has the same initialisation in every order, whatever the number of learners.
+    """
+    accuracies = []
+    for k in range(learners):
+        with seeded(teacher.config.seed, 1, k), torch.no_grad():
+            architecture = sample_architecture(teacher.config)
+            theta = init_learner(architecture, split.images.shape[1:], data.mean.device, data.mean.dtype)
+            curriculum = teacher(data).shuffled(order)
+            with torch.enable_grad():
+                theta = train_learner(theta, curriculum, architecture)
+        accuracies.append(accuracy(theta, split, architecture, curriculum.images[-1]))
+    return accuracies
+
+
+def summary(accuracies):
+    """Mean, standard deviation (None for one) and n of a list of accuracies, and the list itself."""
+    std = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None
+    return {"mean": float(np.mean(accuracies)), "std": std, "n": len(accuracies), "accuracies": accuracies}
+
+
+# ------------------------------------------------------------------------------------------- files
+#
+# A run folder holds config.json, log.jsonl (one JSON object per line, readable while it runs), teacher.pt
+# (the product) and checkpoint.pt (all that resuming needs).
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk or a read-only folder becomes one InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; what was there before is intact") from None
+
+
+def write_file(path, content):
+    """Write bytes or text so that a kill or a full disk leaves the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except InputError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_tensors(path, **content):
+    """Write tensors and plain values by name, so that torch.load(weights_only=True) reads them."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    write_file(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a missing, damaged or hostile file raises inside becomes one InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or 'it is no such file'}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"{path} is damaged, or not what it should be ({type(error).__name__}: {reason})") from None
+
+
+def read_tensors(path):
+    """What `write_tensors` wrote, on the CPU; executes nothing that the file holds."""
+    with reading(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"it has format {content['format']!r}, this code reads format {FORMAT}")
+        return content
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; a last line that is still being written is left out."""
+    with reading(path):
+        lines = path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def read_teacher(path, device="cpu"):
+    """The Teacher of a teacher.pt and the file's content, `curriculum` as a Curriculum, on the device."""
+    content = read_tensors(path)
+    with reading(path):
+        config, curriculum = Config(**content["config"]), Curriculum(**content["curriculum"])
+        T, B, image_shape = config.inner_steps, config.batch_size, curriculum.images.shape[2:]
+        expected = (T, B, *image_shape), (T, B), (T,), (T,)
+        if len(image_shape) != 3 or expected != tuple(tuple(x.shape) for x in curriculum):
+            raise ValueError(f"the curriculum's shapes are not {expected}")
+        if not all(x.isfinite().all() for x in curriculum) or curriculum.labels.amax() >= CLASSES:
+            raise ValueError("the curriculum has numbers that are not finite, or unknown labels")
+        teacher = Teacher(config, image_shape)
+        teacher.load_state_dict(content["teacher"])
+    return teacher.to(device), content | {"curriculum": Curriculum(*(x.to(device) for x in curriculum))}
+
+
+def environment(device):
+    """Where a result comes from: versions, device, CPU threads, git commit (None outside a checkout), command."""
+
+    def git(*arguments):
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    cpu = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+    commit, status = (git("rev-parse", "HEAD"), git("status", "--porcelain")) if shutil.which("git") else (None, "")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "dirty": bool(status),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def peak_memory():
+    """Peak memory of the process, and of CUDA tensors, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"process": process / 2**20, "cuda": torch.cuda.max_memory_allocated() / 2**20}
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def save(folder, teacher, optimizer, data, step, seconds):
+    """Write teacher.pt, then checkpoint.pt."""
+    config = dataclasses.asdict(teacher.config)
+    with torch.no_grad(), seeded(teacher.config.seed, 2):
+        curriculum = {key: x.cpu().clone() for key, x in teacher(data)._asdict().items()}
+    state = {key: x.cpu() for key, x in teacher.state_dict().items()}
+    write_tensors(folder / "teacher.pt", config=config, step=step, teacher=state, curriculum=curriculum,
+                  mean=data.mean.cpu(), std=data.std.cpu())  # fmt: skip
+    kind, key, *rest = np.random.get_state()
+    generators = {"python": random.getstate(), "numpy": (kind, key.tolist(), *rest), "torch": torch.get_rng_state(),
+                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}  # fmt: skip
+    write_tensors(folder / "checkpoint.pt", config=config, step=step, seconds=seconds, teacher=state,
+                  optimizer=optimizer.state_dict(), generators=generators)  # fmt: skip
+
+
+def restore(path, teacher, optimizer):
+    """Continue from a checkpoint.pt: teacher, Adam and every random stream; returns (step, seconds so far)."""
+    content = read_tensors(path)
+    with reading(path):
+        teacher.load_state_dict(content["teacher"])
+        optimizer.load_state_dict(content["optimizer"])
+        generators = content["generators"]
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        if torch.cuda.is_available() and generators["cuda"]:
+            torch.cuda.set_rng_state_all(generators["cuda"])
+        return int(content["step"]), float(content["seconds"])
+
+
+def check_folder(folder, config, resume):
+    """True if the folder holds this config's run, to be resumed; InputError where another would be overwritten."""
+    path = folder / "config.json"
+    if not path.exists():
+        return False
+    with reading(path):
+        theirs = json.loads(path.read_text())["config"]
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
+        other = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+    if other:
+        raise InputError(f"{folder} holds a run with {'; '.join(other)}: choose another folder with --runs")
+    if not resume:
+        raise InputError(f"{folder} holds this run: continue it with --resume, or choose another folder with --runs")
+    return (folder / "checkpoint.pt").exists()
+
+
+def begin(config, data, folder, resume):
+    """A new run or, if `resume` finds one in the folder, an old one: (teacher, optimizer, step, seconds so far)."""
+    found = check_folder(folder, config, resume)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(config.seed)
+    teacher = Teacher(config, data.train.images.shape[1:]).to(data.mean.device)
+    optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
+    step, seconds, lines = 0, 0.0, []
+    origin = {"config": dataclasses.asdict(config), "environment": environment(data.mean.device)}
+    if found:
+        step, seconds = restore(folder / "checkpoint.pt", teacher, optimizer)
+        # validation n comes after checkpoint n, and will come again
+        lines = [x for x in read_log(folder / "log.jsonl") if x["step"] + (x["event"] == "validation") <= step]
+        lines = [x for x in lines if x["event"] != "end"]
+    else:
+        write_file(folder / "config.json", json.dumps({"format": FORMAT, **origin}, indent=1) + "\n")
+    lines.append({"event": "resume" if found else "start", "step": step, **origin})
+    write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if not found:
+        save(folder, teacher, optimizer, data, step, seconds)
+    return teacher, optimizer, step, seconds
+
+
+def validate(teacher, data):
+    """A line of the log: accuracy of fresh learners on validation images, inner learning rate and momentum."""
+    config = teacher.config
+    split = Split(*(x[: config.validation_images] for x in data.validation))
+    lr, momentum = teacher.log_lr.exp().tolist(), teacher.logit_momentum.sigmoid().tolist()
+    accuracies = evaluate(teacher, data, split, config.validation_learners)
+    return {"event": "validation", "accuracy": summary(accuracies), "lr": lr, "momentum": momentum}
+
+
+def train(config, data, folder, resume=False, stop_after=None, max_minutes=None):
+    """Meta-train to the end of the schedule, or stop early with a checkpoint: after `stop_after` outer steps in
+    all, after `max_minutes` of this call, or on Ctrl-C. Returns the exit status.
+
+    Raises InputError where the meta-loss is not finite; the last good files stay.
+    """
+    teacher, optimizer, step, before = begin(config, data, folder, resume)
+    started = saved = time.monotonic()
+    signals, last, steps = [], {}, range(step, min(config.outer_steps, stop_after or config.outer_steps))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    def log(line):
+        line = {"event": line.pop("event"), "step": step, "seconds": before + time.monotonic() - started, **line}
+        with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    with tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step") as bar:
+        for step in steps:
+            if step % config.validate_every == 0:
+                log(line := validate(teacher, data))
+                last["validation"] = f"{line['accuracy']['mean']:.3f}"
+            meta_loss, norm = outer_step(teacher, optimizer, data, step)
+            if not math.isfinite(meta_loss) or not math.isfinite(norm):
+                raise InputError(
+                    f"meta-loss {meta_loss}, gradient norm {norm} at outer step {step}, inner learning rate "
+                    f"{teacher.log_lr.exp().max():.4g}: stopped, {folder / 'teacher.pt'} is the last good one; "
+                    "a lower inner_lr or outer_lr may help"
+                )
+            step += 1
+            log({"event": "step", "meta_loss": meta_loss, "gradient_norm": norm})
+            bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **last, refresh=False)
+            bar.update()
+            late = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
+            if signals or late or step == steps.stop or time.monotonic() - saved >= config.checkpoint_every:
+                save(folder, teacher, optimizer, data, step, before + time.monotonic() - started)
+                saved = time.monotonic()
+            if signals or late:
+                break
+    if step < config.outer_steps:
+        again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
+        print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {again}")
+        return 130 if signal.SIGINT in signals else 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log(validate(teacher, data))
+    test = {order: summary(evaluate(teacher, data, data.test, config.test_learners, order)) for order in ORDERS}
+    log({"event": "end", "test": test, "peak_memory": peak_memory()})
+    report(folder, test, step)
+    return 0
+
+
+def report(folder, test, step):
+    """The last lines of a run: where the files are, the test accuracy, and what to run next."""
+    print(f"{folder}: {step} outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there")
+    for order, figures in test.items():
+        print(f"  test accuracy, {order:<14}  {figures_text(figures)}")
+    print(f"next: python gtn.py --evaluate {folder / 'teacher.pt'}")
+
+
+def figures_text(figures):
+    """A summary as 'mean +- std (n learners)'."""
+    spread = "" if figures["std"] is None else f" +- {figures['std']:.3f}"
+    return f"{figures['mean']:.3f}{spread} ({figures['n']} fresh learners)"
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def parse_arguments(arguments):
+    """The command line; --help also lists every config and every field with its default and source."""
+    configs = "\n".join(f"  {name:<8}{json.dumps(changes)}" for name, changes in load_configs().items())
+    fields = "\n".join(
+        f"  {f.name + ' = ' + json.dumps(f.default):<34}{f.metadata['source']}" for f in dataclasses.fields(Config)
+    )
+    parser = argparse.ArgumentParser(
+        prog="gtn.py",
+        description="Train a Generative Teaching Network and measure it on fresh learners.",
+        epilog=f"configs (what differs from the defaults):\n{configs}\n\nfields and their defaults:\n{fields}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def fail(message):
+        raise InputError(message)
+
+    parser.error = fail
+    add = parser.add_argument
+    add("--config", default="quick", metavar="NAME", help="entry of configs.json (default: quick)")
+    add("--variant", metavar="NAME", help=f"what the learner is taught with: {', '.join(VARIANTS)}")
+    add("--seed", type=int, metavar="N", help="fixes everything on a CPU")
+    add("--outer-steps", type=int, metavar="N", help="outer steps planned: the length of the schedule")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR",
+        help="folder of the data sets (default: $GTN_DATA, else data)")  # fmt: skip
+    add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any field below")
+    add("--resume", action="store_true", help="continue the run in its folder, if there is one")
+    add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
+    add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
+    return parser.parse_args(arguments)
+
+
+def choose_device(name):
+    """The torch.device for auto, cpu or cuda. Raises InputError where it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory():
+    """Let the process keep what it frees (glibc only): giving it back after every tensor costs a third of the time."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main(arguments=None):
+    """The command line; returns the exit status."""
+    try:
+        args = parse_arguments(arguments)
+        keep_freed_memory()
+        config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
+        folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
+        check_folder(folder, config, args.resume)  # before the data, for a quick answer
+        data = load_data(config.dataset, args.data, choose_device(args.device))
+        return train(config, data, folder, args.resume, args.stop_after, args.max_minutes)
+    except InputError as error:
+        print(f"gtn.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
