@@ -218,14 +218,14 @@ def draw_glyphs(count, fonts, generator):
     labels = torch.arange(count) % CLASSES
     bitmaps = torch.stack([glyph_bitmaps(font) for font in fonts])
     images = bitmaps[torch.randint(len(fonts), (count,), generator=generator), labels][:, None]
-    angle, shear, scale = uniform(-0.35, 0.35), uniform(-0.3, 0.3), uniform(0.85, 1.25)
+    angle, shear, scale = uniform(-0.25, 0.25), uniform(-0.2, 0.2), uniform(0.85, 1.2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    x, y = uniform(-0.16, 0.16), uniform(-0.16, 0.16)
+    x, y = uniform(-0.1, 0.1), uniform(-0.1, 0.1)
     affine = torch.stack([cos, shear * cos - sin, x, sin, shear * sin + cos, y], 1).view(count, 2, 3)
     images = F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False)
     thick = uniform(-0.5, 1).clamp(min=0).view(-1, 1, 1, 1)  # a third of the digits keep their font's weight
     images = torch.lerp(images, F.max_pool2d(images, 3, stride=1, padding=1), thick)
-    noise = uniform(0.0, 0.2).view(-1, 1, 1, 1) * torch.randn(images.shape, generator=generator)
+    noise = uniform(0.0, 0.15).view(-1, 1, 1, 1) * torch.randn(images.shape, generator=generator)
     return (images + noise).clamp(0, 1), labels
 
 
@@ -392,28 +392,29 @@ def sample_architecture(config):
 def parameter_shapes(architecture, image_shape):
     """Shapes of theta: for each block weight, scale, shift; then the linear layer's weight and bias.
 
-    Raises InputError where the pooling of that many blocks leaves nothing of the image.
+    Raises InputError where the pooling of that many blocks leaves too little of the image.
     """
     channels, height, width = image_shape
     shapes, blocks = [], len(architecture.filters)
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         shapes += [(filters, channels, kernel, kernel), (filters,), (filters,)]
         channels, height, width = filters, height // 2, width // 2
-    if not height * width:
+    if height * width < (2 if architecture.normalization == "instance" else 1):  # one pixel has no variance
         raise InputError(f"{blocks} conv blocks are too deep for images of {image_shape[1]}x{image_shape[2]}")
     return [*shapes, (CLASSES, channels * height * width), (CLASSES,)]
 
 
 def init_learner(architecture, image_shape, device="cpu", dtype=torch.float32):
     """theta_0, a list of tensors: Kaiming normal weights, scales of one, shifts and bias of zero."""
-    theta = []
-    for shape in parameter_shapes(architecture, image_shape):
-        if len(shape) > 1:
-            gain = "leaky_relu" if len(shape) == 4 else "linear"
-            weight = nn.init.kaiming_normal_(torch.empty(shape, device=device, dtype=dtype), nonlinearity=gain)
-            theta.append(weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight)
-        else:
-            theta.append(torch.full(shape, len(theta) % 3 == 1, device=device, dtype=dtype))
+    theta, shapes = [], parameter_shapes(architecture, image_shape)
+    for i, shape in enumerate(shapes):
+        p = torch.full(shape, float(i % 3 == 1 and i < len(shapes) - 1), device=device, dtype=dtype)  # 1: scales
+        if len(shape) == 4:
+            nn.init.kaiming_normal_(p, a=0.01)  # the learner's leaky ReLU
+            p = p.contiguous(memory_format=torch.channels_last)
+        elif len(shape) == 2:
+            nn.init.kaiming_normal_(p, nonlinearity="linear")
+        theta.append(p)
     return theta
 
 
@@ -574,6 +575,19 @@ def seeded(*key):
         yield
 
 
+def fresh_learner(teacher, data, k, order="in order", change=None):
+    """Learner k, which no teacher has met, before training: (theta_0, curriculum in that order, architecture).
+
+    Depends on the config's seed and k alone: it starts the same in every order, however many learners there are.
+    change: a function of the sampled Architecture, for one that the teacher was not trained with.
+    """
+    with seeded(teacher.config.seed, 1, k), torch.no_grad():
+        architecture = sample_architecture(teacher.config)
+        architecture = change(architecture) if change else architecture
+        theta = init_learner(architecture, data.test.images.shape[1:], data.mean.device, data.mean.dtype)
+        return theta, teacher(data).shuffled(order), architecture
+
+
 def train_learner(theta, curriculum, architecture):
     """theta_T of a learner that starts at theta_0; keeps no graph."""
     velocity = [torch.zeros_like(p) for p in theta]
@@ -582,28 +596,37 @@ def train_learner(theta, curriculum, architecture):
 
 @torch.no_grad()
 def accuracy(theta, split, architecture, reference):
-    """Fraction of a split's images that the learner gets right, inductively: see `learner` for the reference."""
+    """Fraction of a split's images that the learner gets right; inductive, given the last synthetic batch as
+    reference (see `learner`). Without a reference, batch statistics are those of 1,000 test images: transductive.
+    """
     correct = 0
     for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
         correct += (learner(theta, images, architecture, reference).argmax(1) == labels).sum()
     return float(correct) / len(split.labels)
 
 
-def evaluate(teacher, data, split, learners, order="in order"):
-    """Accuracies on `split` of fresh learners, none of which the teacher has met; a list of `learners` numbers.
-
-    Learner k has the same initialisation in every order, whatever the number of learners.
-    """
+def evaluate(teacher, data, split, learners, order="in order", change=None, inductive=True):
+    """Accuracies on `split` of `learners` fresh learners after their inner steps, as a list."""
     accuracies = []
     for k in range(learners):
-        with seeded(teacher.config.seed, 1, k), torch.no_grad():
-            architecture = sample_architecture(teacher.config)
-            theta = init_learner(architecture, split.images.shape[1:], data.mean.device, data.mean.dtype)
-            curriculum = teacher(data).shuffled(order)
-            with torch.enable_grad():
-                theta = train_learner(theta, curriculum, architecture)
-        accuracies.append(accuracy(theta, split, architecture, curriculum.images[-1]))
+        theta, curriculum, architecture = fresh_learner(teacher, data, k, order, change)
+        theta = train_learner(theta, curriculum, architecture)
+        accuracies.append(accuracy(theta, split, architecture, curriculum.images[-1] if inductive else None))
     return accuracies
+
+
+def accuracy_curve(teacher, data, split, learners):
+    """For each of `learners` fresh learners its accuracies on `split` after 1, ..., T inner steps."""
+    curves = []
+    for k in range(learners):
+        theta, curriculum, architecture = fresh_learner(teacher, data, k)
+        theta, velocity, curve = leaves(theta), [torch.zeros_like(p) for p in theta], []
+        for t in range(len(curriculum.lr)):
+            one_step = Curriculum(*(x[t : t + 1] for x in curriculum))
+            theta, velocity, _ = unroll(theta, velocity, one_step, architecture)
+            curve.append(accuracy(theta, split, architecture, curriculum.images[t]))
+        curves.append(curve)
+    return curves
 
 
 def summary(accuracies):
@@ -854,18 +877,57 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
     return 0
 
 
+def spread(figures):
+    """A summary as 'mean +- std'."""
+    if figures is None:
+        return "-"
+    return f"{figures['mean']:.3f}" + ("" if figures["std"] is None else f" +- {figures['std']:.3f}")
+
+
 def report(folder, test, step):
     """The last lines of a run: where the files are, the test accuracy, and what to run next."""
     print(f"{folder}: {step} outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there")
     for order, figures in test.items():
-        print(f"  test accuracy, {order:<14}  {figures_text(figures)}")
+        print(f"  test accuracy, {order:<15} {spread(figures)} ({figures['n']} fresh learners)")
     print(f"next: python gtn.py --evaluate {folder / 'teacher.pt'}")
 
 
-def figures_text(figures):
-    """A summary as 'mean +- std (n learners)'."""
-    spread = "" if figures["std"] is None else f" +- {figures['std']:.3f}"
-    return f"{figures['mean']:.3f}{spread} ({figures['n']} fresh learners)"
+UNSEEN = {
+    "training": None,
+    "half width": lambda a: a._replace(filters=tuple(max(1, f // 2) for f in a.filters)),
+    "double width": lambda a: a._replace(filters=tuple(2 * f for f in a.filters)),
+    "one more block": lambda a: a._replace(filters=(*a.filters, a.filters[-1]), kernels=(*a.kernels, 3)),
+}
+
+
+def evaluate_file(path, learners, data_folder, device):
+    """--evaluate: test accuracy of fresh learners in every order, of architectures the teacher was not trained
+    with (10 learners at most), and after every inner step (10 at most, 1,000 test images); prints a table and
+    writes evaluation.json beside the teacher.
+    """
+    teacher, content = read_teacher(path, device)
+    config, few = teacher.config, min(learners, 10)
+    data = load_data(config.dataset, data_folder, device)
+    rows = []
+    print(f"{'architecture':<16}{'learners':>8}" + "".join(f"{column:>18}" for column in (*ORDERS, "transductive")))
+    for name, change in tqdm(UNSEEN.items(), desc="architectures", leave=False):
+        n = few if change else learners
+        row = {order: summary(evaluate(teacher, data, data.test, n, order, change)) for order in ORDERS}
+        row["transductive"] = None  # with per-sample normalisation nothing can leak
+        if config.normalization == "batch":
+            row["transductive"] = summary(evaluate(teacher, data, data.test, n, change=change, inductive=False))
+        rows.append({"architecture": name, **row})
+        tqdm.write(f"{name:<16}{n:>8}" + "".join(f"{spread(figures):>18}" for figures in row.values()))
+    thousand = Split(*(x[:1000] for x in data.test))
+    curve = np.array(accuracy_curve(teacher, data, thousand, few))
+    print("after each inner step:", " ".join(f"{x:.3f}" for x in curve.mean(0)), f"({few} learners)")
+    result = {
+        "format": FORMAT, "teacher": str(path), "step": content["step"], "config": dataclasses.asdict(config),
+        "environment": environment(device), "rows": rows, "curve": curve.tolist(), "peak_memory": peak_memory(),
+    }  # fmt: skip
+    output = Path(path).with_name("evaluation.json")
+    write_file(output, json.dumps(result, indent=1) + "\n")
+    print(f"written to {output}")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -900,6 +962,8 @@ def parse_arguments(arguments):
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any field below")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
     add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
+    add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
+    add("--learners", type=int, default=100, metavar="N", help="fresh learners of --evaluate (default: 100)")
     add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
     return parser.parse_args(arguments)
 
@@ -926,6 +990,8 @@ def main(arguments=None):
     try:
         args = parse_arguments(arguments)
         keep_freed_memory()
+        if args.evaluate:
+            return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
         check_folder(folder, config, args.resume)  # before the data, for a quick answer

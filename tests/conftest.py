@@ -1,0 +1,87 @@
+"""What the tests share: a tiny float64 problem, and the real command line with a tiny budget."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gtn  # noqa: E402
+
+TINY = """filters=[[2,3],[3,4]] inner_steps=3 batch_size=10 latent_size=4 hidden_size=8 generator_filters=4
+meta_batch_size=16 validate_every=2 validation_learners=2 validation_images=50 test_learners=2 checkpoint_every=0""".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the test of kill -9 kills a run")
+
+
+@pytest.fixture
+def tiny_problem():
+    """A function (normalization, **changes) -> (teacher, data, theta, architecture, real), all float64, 8x8 images."""
+
+    def make(normalization="instance", **changes):
+        torch.manual_seed(0)
+        settings = {
+            "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
+            "filters": (2, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
+        }  # fmt: skip
+        config = gtn.Config(**settings | changes, normalization=normalization)
+        split = gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,)))
+        one = torch.ones(1, dtype=torch.float64)
+        data = gtn.Data(split, split, split, 0 * one, one)
+        teacher = gtn.Teacher(config, (1, 8, 8)).double()
+        architecture = gtn.sample_architecture(config)
+        theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
+        return teacher, data, theta, architecture, gtn.meta_batches(data, config)
+
+    return make
+
+
+@pytest.fixture
+def small_glyphs(monkeypatch):
+    """`gtn.load_data("glyphs", ...)` loads once and keeps few images, for runs inside this process."""
+
+    @functools.cache
+    def load(dataset, folder, device):
+        data = original(dataset, folder, device)
+        few = [gtn.Split(x.images[:400], x.labels[:400]) for x in data[:3]]
+        return gtn.Data(*few, data.mean, data.std)
+
+    original = gtn.load_data
+    monkeypatch.setattr(gtn, "load_data", load)
+
+
+@pytest.fixture
+def run_gtn(tmp_path, capsys, small_glyphs):
+    """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit status, output, error)."""
+
+    def run(*arguments, settings=TINY):
+        status = gtn.main([*arguments, "--runs", str(tmp_path / "runs"), "--set", *settings])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def shell(*arguments, script="gtn.py", **options):
+    """The real command line: subprocess.run of `python gtn.py ...`."""
+    environment = os.environ | {"PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def mnist():
+    """MNIST on the CPU; the test is skipped where its files are not."""
+    folder = Path(os.environ.get("GTN_DATA", ROOT / "data"))
+    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        pytest.skip(f"no MNIST in {folder}: set GTN_DATA to its folder")
+    return gtn.load_data("mnist", str(folder), torch.device("cpu"))

@@ -1,0 +1,318 @@
+"""Exact values: meta-gradient, optimizer, learner, teacher, data."""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gtn
+
+
+def phi_gradient(teacher, data, theta, architecture, real, segment):
+    """Meta-loss and {name: d meta-loss / d parameter of the teacher}, by gtn.meta_gradient."""
+    curriculum = teacher(data)
+    loss, *gradients = gtn.meta_gradient(theta, curriculum, architecture, real, segment)
+    outputs = (curriculum.images, curriculum.lr, curriculum.momentum)
+    names, parameters = zip(*teacher.named_parameters(), strict=True)
+    return loss, dict(zip(names, torch.autograd.grad(outputs, parameters, gradients), strict=True))
+
+
+def finite_differences(teacher, data, theta, architecture, real, step=1e-6):
+    """{name: central differences of the meta-loss in every coordinate}; the meta-loss written out once more."""
+
+    def meta_loss():
+        curriculum, velocity, losses = teacher(data).detach(), [torch.zeros_like(p) for p in theta], []
+        weights = theta
+        for t in range(len(real)):
+            weights = gtn.leaves(weights)
+            logits = gtn.learner(weights, curriculum.images[t], architecture)
+            gradients = torch.autograd.grad(F.cross_entropy(logits, curriculum.labels[t]), weights)
+            velocity = [curriculum.momentum[t] * v + g for v, g in zip(velocity, gradients, strict=True)]
+            weights = [(w - curriculum.lr[t] * v).detach() for w, v in zip(weights, velocity, strict=True)]
+            if real[t]:
+                logits = gtn.learner(weights, real[t].images, architecture, reference=curriculum.images[t])
+                losses.append(F.cross_entropy(logits, real[t].labels))
+        return sum(losses) / len(losses)
+
+    def difference(coordinates, i):
+        value = coordinates[i].item()
+        coordinates[i] = value + step
+        above = meta_loss()
+        coordinates[i] = value - step
+        below = meta_loss()
+        coordinates[i] = value
+        return (above - below) / (2 * step)
+
+    differences = {}
+    for name, parameter in teacher.named_parameters():
+        coordinates = parameter.data.view(-1)
+        values = [difference(coordinates, i) for i in range(len(coordinates))]
+        differences[name] = torch.stack(values).view_as(parameter)
+    return differences
+
+
+def relative_errors(computed, expected):
+    return {name: ((computed[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected}
+
+
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+def test_meta_gradient_equals_finite_differences(tiny_problem, normalization):
+    teacher, *problem = tiny_problem(normalization)
+    expected = finite_differences(teacher, *problem)
+    assert {"latent", "log_lr", "logit_momentum", "generator.0.weight", "generator.10.bias"} <= set(expected)
+    for segment in (teacher.config.inner_steps, 1):
+        errors = relative_errors(phi_gradient(teacher, *problem, segment)[1], expected)
+        assert max(errors.values()) < 1e-6, (segment, errors)
+
+
+def test_finite_differences_notice_a_first_order_meta_gradient(tiny_problem, monkeypatch):
+    teacher, *problem = tiny_problem()
+    expected = finite_differences(teacher, *problem)
+    original = torch.autograd.grad
+
+    def forgetful(outputs, inputs, grad_outputs=None, create_graph=False):
+        return original(outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True)
+
+    monkeypatch.setattr(torch.autograd, "grad", forgetful)
+    for segment in (5, 1):
+        errors = relative_errors(phi_gradient(teacher, *problem, segment)[1], expected)
+        assert errors["latent"] == pytest.approx(1)  # nothing at all reaches the images
+        assert errors["log_lr"] > 1e-3
+
+
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+@pytest.mark.parametrize("variant", ["learned", "pixels"])
+def test_segments_equal_the_full_graph(tiny_problem, normalization, variant):
+    teacher, *problem = tiny_problem(normalization, variant=variant, inner_steps=7)
+    loss, expected = phi_gradient(teacher, *problem, 7)
+    for segment in (1, 2, 3, 100):
+        other_loss, gradient = phi_gradient(teacher, *problem, segment)
+        assert other_loss == pytest.approx(loss.item(), abs=1e-12)
+        for name in expected:
+            torch.testing.assert_close(gradient[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_meta_loss_every_counts_from_the_last_inner_step(tiny_problem):
+    for every, expected in ((1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])):
+        *_, real = tiny_problem(meta_loss_every=every)
+        assert [t for t, batch in enumerate(real, 1) if batch] == expected
+
+
+def test_inner_optimizer_equals_torch_sgd():
+    torch.manual_seed(0)
+    theta = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
+    velocity, reference = [torch.zeros_like(p) for p in theta], [p.clone().requires_grad_() for p in theta]
+    optimizer = torch.optim.SGD(reference, lr=0.07, momentum=0.8)
+    for _ in range(5):
+        gradients = [torch.randn_like(p) for p in theta]
+        theta, velocity = gtn.sgd(theta, velocity, gradients, 0.07, 0.8)
+        for p, g in zip(reference, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        for p, q in zip(theta, reference, strict=True):
+            torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-12)
+
+
+def as_module(theta, architecture):
+    """The same learner in plain PyTorch."""
+    layers, channels = [], theta[0].shape[1]
+    for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
+        norm = {
+            "layer": nn.GroupNorm(1, filters), "instance": nn.InstanceNorm2d(filters, affine=True),
+            "batch": nn.BatchNorm2d(filters, track_running_stats=False),
+        }[architecture.normalization]  # fmt: skip
+        pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
+        layers += [nn.Conv2d(channels, filters, kernel, padding="same", bias=False), pool, norm, nn.LeakyReLU(0.01)]
+        channels = filters
+    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(theta[-2].shape[1], 10)).double()
+    for parameter, value in zip(module.parameters(), theta, strict=True):
+        parameter.data.copy_(value)
+    return module
+
+
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("filters", "kernels", "pooling"), [((4, 6), (3, 3), "max"), ((5, 3, 2), (5, 3, 5), "average")])
+def test_learner_is_the_network_it_says(normalization, channels, filters, kernels, pooling):
+    torch.manual_seed(0)
+    architecture = gtn.Architecture(filters, kernels, pooling, normalization)
+    theta = [p + 0.1 * torch.randn_like(p) for p in gtn.init_learner(architecture, (channels, 16, 16), dtype=torch.float64)]
+    images = torch.randn(6, channels, 16, 16, dtype=torch.float64)
+    expected = as_module(theta, architecture)(images)
+    torch.testing.assert_close(gtn.learner(theta, images, architecture), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sampled_learners_have_the_parameters_of_their_size():
+    torch.manual_seed(0)
+    config = gtn.Config(filters=((32, 63), (64, 127)))
+    seen = set()
+    for _ in range(300):
+        architecture = gtn.sample_architecture(config)
+        (f1, f2) = architecture.filters
+        seen.update([f1, -f2])
+        count = sum(p.numel() for p in gtn.init_learner(architecture, (1, 28, 28)))
+        assert count == (9 * f1 + 2 * f1) + (9 * f1 * f2 + 2 * f2) + (10 * 49 * f2 + 10)
+    assert {32, 63, -64, -127} <= seen  # both ends included
+    assert min(-x for x in seen if x < 0) == 64
+    assert max(x for x in seen if x > 0) == 63
+
+
+def test_kaiming_initialisation():
+    torch.manual_seed(0)
+    conv1, scale, shift, conv2, _, _, weight, bias = gtn.init_learner(gtn.Architecture((64, 128), (3, 3)), (1, 28, 28))
+    gain = 2 / (1 + 0.01**2)
+    assert conv1.var().item() == pytest.approx(gain / 9, rel=0.15)
+    assert conv2.var().item() == pytest.approx(gain / (9 * 64), rel=0.02)
+    assert weight.var().item() == pytest.approx(1 / 6272, rel=0.02)
+    assert scale.eq(1).all()
+    assert shift.eq(0).all()
+    assert bias.eq(0).all()
+
+
+@pytest.mark.parametrize(("normalization", "deepest"), [("layer", 4), ("batch", 4), ("instance", 3)])
+def test_too_deep_for_the_image(normalization, deepest):
+    def shapes(blocks):
+        return gtn.parameter_shapes(gtn.Architecture((4,) * blocks, (3,) * blocks, "max", normalization), (1, 28, 28))
+
+    assert shapes(deepest)[-2] == (10, 4 * (28 // 2**deepest) ** 2)
+    with pytest.raises(gtn.InputError, match=f"{deepest + 1} conv blocks are too deep for images of 28x28"):
+        shapes(deepest + 1)
+
+
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+def test_predictions_do_not_depend_on_the_other_images(tiny_problem, normalization):
+    teacher, data, theta, architecture, _ = tiny_problem(normalization)
+    reference, images = data.train.images[:8], data.test.images[8:20]
+    together = gtn.learner(theta, images, architecture, reference)
+    alone = torch.cat([gtn.learner(theta, image[None], architecture, reference) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    leaking = gtn.learner(theta, images, architecture)
+    assert torch.allclose(leaking, together) == (normalization != "batch")
+
+
+def test_variants(tiny_problem):
+    for variant in gtn.VARIANTS:
+        teacher, data, *_ = tiny_problem(variant=variant, batch_size=12)
+        first, second = teacher(data), teacher(data)
+        assert first.images.shape == (5, 12, 1, 8, 8)
+        assert first.lr.tolist() == pytest.approx([0.05] * 5)
+        assert first.momentum.tolist() == pytest.approx([0.5] * 5)
+        assert torch.equal(first.images, second.images) == (variant in ("learned", "random_fixed", "pixels")), variant
+        learned = {name.split(".")[0] for name, _ in teacher.named_parameters()}
+        expected = {"learned": {"latent", "generator"}, "pixels": {"images"}, "real": set()}.get(variant, {"generator"})
+        assert learned == expected | {"log_lr", "logit_momentum"}, variant
+        if variant in ("learned", "random_fixed"):
+            assert teacher.latent.shape == (5, 12, 3)
+            assert teacher.latent.requires_grad == (variant == "learned")
+        if variant != "real":
+            assert first.labels[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_real_variant_teaches_with_training_images(tiny_problem):
+    teacher, data, *_ = tiny_problem(variant="real")
+    curriculum = teacher(data)
+    pairs = {(tuple(x.flatten().tolist()), int(y)) for x, y in zip(*data.train, strict=True)}
+    drawn = zip(curriculum.images.flatten(0, 1), curriculum.labels.flatten(), strict=True)
+    assert all((tuple(x.flatten().tolist()), int(y)) in pairs for x, y in drawn)
+
+
+def test_every_variant_takes_outer_steps(tiny_problem):
+    for variant in gtn.VARIANTS:
+        teacher, data, *_ = tiny_problem(variant=variant, outer_steps=3)
+        optimizer = torch.optim.Adam(teacher.parameters())
+        before = {name: p.clone() for name, p in teacher.named_parameters()}
+        for step in range(2):
+            meta_loss, norm = gtn.outer_step(teacher, optimizer, data, step)
+            assert 0 < meta_loss < 20
+            assert norm > 0
+        assert all((p != before[name]).any() for name, p in teacher.named_parameters()), variant
+
+
+def test_learning_rate_follows_the_cosine(tiny_problem):
+    teacher, data, *_ = tiny_problem(outer_steps=4, outer_lr=0.08, outer_lr_end=0.25)
+    optimizer = torch.optim.Adam(teacher.parameters())
+    rates = [(gtn.outer_step(teacher, optimizer, data, step), optimizer.param_groups[0]["lr"])[1] for step in range(4)]
+    assert rates == pytest.approx([0.08, 0.08 - 0.06 * 0.1464466094, 0.05, 0.02 + 0.06 * 0.1464466094])
+
+
+def test_scalar_learning_rate_and_momentum(tiny_problem):
+    teacher, *problem = tiny_problem(per_step=False)
+    assert teacher.log_lr.shape == (1,)
+    scalar = phi_gradient(teacher, *problem, 1)[1]
+    each, *problem = tiny_problem(per_step=True)
+    per_step = phi_gradient(each, *problem, 1)[1]
+    for name in ("log_lr", "logit_momentum"):
+        torch.testing.assert_close(scalar[name].sum(), per_step[name].sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_orders(tiny_problem):
+    teacher, data, *_ = tiny_problem(inner_steps=6)
+    curriculum = teacher(data)
+    assert curriculum.shuffled("in order") is curriculum
+    torch.manual_seed(1)
+    batches, everything = curriculum.shuffled("batch-shuffled"), curriculum.shuffled("all-shuffled")
+    rows = {tuple(x.flatten().tolist()) for x in curriculum.images}
+    assert {tuple(x.flatten().tolist()) for x in batches.images} == rows
+    assert not torch.equal(batches.images, curriculum.images)
+    assert {tuple(x.flatten().tolist()) for x in everything.images} != rows
+    pairs = [sorted((*x.flatten().tolist(), int(y)) for x, y in zip(c.images.flatten(0, 1), c.labels.flatten(), strict=True))
+             for c in (curriculum, batches, everything)]  # fmt: skip
+    assert pairs[0] == pairs[1] == pairs[2]
+    assert torch.equal(everything.lr, curriculum.lr)
+
+
+def test_fresh_learners_depend_on_their_number_alone(tiny_problem):
+    teacher, data, *_ = tiny_problem(variant="random", filters=((2, 9), (2, 9)))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    two, four = (gtn.evaluate(teacher, data, data.test, n) for n in (2, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert two == four[:2]
+    theta, _, architecture = gtn.fresh_learner(teacher, data, 3)
+    shuffled, _, other = gtn.fresh_learner(teacher, data, 3, "all-shuffled")
+    assert architecture == other
+    assert all(torch.equal(p, q) for p, q in zip(theta, shuffled, strict=True))
+
+
+def test_accuracy_and_its_curve(tiny_problem):
+    teacher, data, *_ = tiny_problem()
+    (curve,) = gtn.accuracy_curve(teacher, data, data.test, 1)
+    assert len(curve) == 5
+    assert [curve[-1]] == gtn.evaluate(teacher, data, data.test, 1)
+    theta, curriculum, architecture = gtn.fresh_learner(teacher, data, 0)
+    theta = gtn.train_learner(theta, curriculum, architecture)
+    right = sum(gtn.learner(theta, x[None], architecture).argmax() == y for x, y in zip(*data.test, strict=True))
+    assert curve[-1] == pytest.approx(right.item() / 60)
+
+
+def test_summary_by_hand():
+    figures = gtn.summary([0.5, 0.7, 0.9])
+    assert figures["mean"] == pytest.approx(0.7)
+    assert figures["std"] == pytest.approx(0.2)
+    assert figures["n"] == 3
+    assert gtn.summary([0.5])["std"] is None
+
+
+def test_glyphs():
+    started = time.monotonic()
+    data = gtn.load_data("glyphs", "nowhere", torch.device("cpu"))
+    assert time.monotonic() - started < 5
+    again = gtn.load_data("glyphs", "nowhere", torch.device("cpu"))
+    assert torch.equal(data.test.images, again.test.images)
+    assert not set(gtn.FONTS) & set(gtn.TEST_FONTS)
+    images = torch.cat([split.images for split in data[:3]]).flatten(1)
+    assert images.shape == (25_000, 784)
+    assert len(torch.unique(images, dim=0)) == 25_000  # disjoint
+    for split in data[:3]:
+        assert split.labels.bincount().tolist() == [len(split.labels) // 10] * 10
+    assert data.train.images.mean().item() == pytest.approx(0, abs=1e-3)
+    assert data.train.images.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_mnist(mnist):
+    assert [tuple(split.images.shape) for split in mnist[:3]] == [(n, 1, 28, 28) for n in (50_000, 10_000, 10_000)]
+    assert mnist.mean.item() == pytest.approx(0.1307, abs=1e-3)
+    assert mnist.std.item() == pytest.approx(0.3081, abs=1e-3)
+    assert mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
