@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -48,7 +49,8 @@ class InputError(Exception):
 
 COUNT = (lambda x: 1 <= x < 2**31, "at least 1")
 COUNT_FROM_0 = (lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
-POSITIVE = (lambda x: 0 < x < 1e9, "above 0")
+POSITIVE = (lambda x: 0 < x < 1e9, "above 0 and below 1e9")
+FROM_0 = (lambda x: 0 <= x < 1e9, "at least 0 and below 1e9")
 FRACTION = (lambda x: 0 < x < 1, "between 0 and 1")
 VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 DATASETS = ("mnist", "fashion", "kmnist", "cifar10", "glyphs")
@@ -100,7 +102,7 @@ class Config:
     validation_learners: int = setting(2, "fresh learners per validation", COUNT)
     validation_images: int = setting(2000, "images per validation", COUNT)
     test_learners: int = setting(10, "fresh learners for the test accuracy at the end", COUNT)
-    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", (lambda x: x >= 0, "0 or more"))
+    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", FROM_0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -124,8 +126,8 @@ class Config:
             if type(low) is not int or type(high) is not int or not 1 <= low <= high < 2**20:
                 raise InputError(f"filters={json.dumps(self.filters)}: must be a list with, for each conv block, "
                                  "a number of at least 1 or [low, high]")  # fmt: skip
-        if not all(c.isalnum() or c in "._-" for c in self.name) or self.name.strip(".") == "":
-            raise InputError(f"name={json.dumps(self.name)}: must be letters, digits, '-', '_' and '.'")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name):
+            raise InputError(f"name={json.dumps(self.name)}: must be letters, digits, '_', '.' and '-'")
 
 
 def load_configs():
@@ -153,7 +155,7 @@ def make_config(name="quick", settings=(), **flags):
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"--set {text}: must be KEY=VALUE, such as --set inner_steps=5")
+            raise InputError(f"--set {text!r}: must be KEY=VALUE, such as --set inner_steps=5")
         with contextlib.suppress(ValueError, RecursionError):  # a bare word is a string: variant=random
             value = json.loads(value)
         changes[key] = value
@@ -733,7 +735,7 @@ def environment(device):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "commit": commit,
-        "dirty": bool(status),
+        "dirty": bool(status) if commit else None,
         "command": shlex.join(["python", *sys.argv]),
     }
 
@@ -797,6 +799,7 @@ def check_folder(folder, config, resume):
 def begin(config, data, folder, resume):
     """A new run or, if `resume` finds one in the folder, an old one: (teacher, optimizer, step, seconds so far)."""
     found = check_folder(folder, config, resume)
+    parameter_shapes(sample_architecture(config), data.train.images.shape[1:])  # too deep? before anything is written
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     teacher = Teacher(config, data.train.images.shape[1:]).to(data.mean.device)
@@ -826,24 +829,39 @@ def validate(teacher, data):
     return {"event": "validation", "accuracy": summary(accuracies), "lr": lr, "momentum": momentum}
 
 
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM append to a list instead of ending the process in the middle of a step."""
+    noted = []
+    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(config, data, folder, resume=False, stop_after=None, max_minutes=None):
     """Meta-train to the end of the schedule, or stop early with a checkpoint: after `stop_after` outer steps in
     all, after `max_minutes` of this call, or on Ctrl-C. Returns the exit status.
 
     Raises InputError where the meta-loss is not finite; the last good files stay.
     """
+    lines = read_log(folder / "log.jsonl") if resume and (folder / "log.jsonl").exists() else []
+    if lines and lines[-1]["event"] == "end":
+        report(folder, lines[-1]["test"], lines[-1]["step"])
+        return 0
     teacher, optimizer, step, before = begin(config, data, folder, resume)
     started = saved = time.monotonic()
-    signals, last, steps = [], {}, range(step, min(config.outer_steps, stop_after or config.outer_steps))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    last, steps = {}, range(step, min(config.outer_steps, stop_after or config.outer_steps))
 
     def log(line):
         line = {"event": line.pop("event"), "step": step, "seconds": before + time.monotonic() - started, **line}
         with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    with tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step") as bar:
+    bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step")
+    with bar, signals_noted() as signals:
         for step in steps:
             if step % config.validate_every == 0:
                 log(line := validate(teacher, data))
@@ -868,8 +886,7 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
     if step < config.outer_steps:
         again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
         print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {again}")
-        return 130 if signal.SIGINT in signals else 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        return 128 + signals[0] if signals else 0
     log(validate(teacher, data))
     test = {order: summary(evaluate(teacher, data, data.test, config.test_learners, order)) for order in ORDERS}
     log({"event": "end", "test": test, "peak_memory": peak_memory()})
@@ -949,6 +966,14 @@ def parse_arguments(arguments):
     def fail(message):
         raise InputError(message)
 
+    def number(kind, valid):
+        def parse(text):
+            if not valid[0](value := kind(text)):
+                raise argparse.ArgumentTypeError(f"must be {valid[1]}")
+            return value
+
+        return parse
+
     parser.error = fail
     add = parser.add_argument
     add("--config", default="quick", metavar="NAME", help="entry of configs.json (default: quick)")
@@ -961,10 +986,16 @@ def parse_arguments(arguments):
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any field below")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
-    add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
+    add("--stop-after", type=number(int, COUNT), metavar="K", help="stop with a checkpoint after K outer steps in all")
     add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
-    add("--learners", type=int, default=100, metavar="N", help="fresh learners of --evaluate (default: 100)")
-    add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
+    add(
+        "--learners",
+        type=number(int, COUNT),
+        default=100,
+        metavar="N",
+        help="fresh learners of --evaluate (default: 100)",
+    )
+    add("--max-minutes", type=number(float, FROM_0), metavar="M", help="stop with a checkpoint after M minutes")
     return parser.parse_args(arguments)
 
 
@@ -991,7 +1022,8 @@ def main(arguments=None):
         args = parse_arguments(arguments)
         keep_freed_memory()
         if args.evaluate:
-            return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
+            evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
+            return 0
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
         check_folder(folder, config, args.resume)  # before the data, for a quick answer
@@ -1000,6 +1032,9 @@ def main(arguments=None):
     except InputError as error:
         print(f"gtn.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("gtn.py: interrupted; --resume continues a run at its last checkpoint", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 import gtn  # noqa: E402
 
 TINY = """filters=[[2,3],[3,4]] inner_steps=3 batch_size=10 latent_size=4 hidden_size=8 generator_filters=4
-meta_batch_size=16 validate_every=2 validation_learners=2 validation_images=50 test_learners=2 checkpoint_every=0""".split()
+meta_batch_size=16 validate_every=2 validation_learners=2 validation_images=50 test_learners=2
+checkpoint_every=0""".split()
 
 
 def pytest_addoption(parser):
@@ -63,7 +64,7 @@ def run_gtn(tmp_path, capsys, small_glyphs):
     """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit status, output, error)."""
 
     def run(*arguments, settings=TINY):
-        status = gtn.main([*arguments, "--runs", str(tmp_path / "runs"), "--set", *settings])
+        status = gtn.main(["--runs", str(tmp_path / "runs"), "--set", *settings, *arguments])
         return status, *capsys.readouterr()
 
     return run

@@ -134,11 +134,15 @@ def as_module(theta, architecture):
 
 @pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize(("filters", "kernels", "pooling"), [((4, 6), (3, 3), "max"), ((5, 3, 2), (5, 3, 5), "average")])
+@pytest.mark.parametrize(
+    ("filters", "kernels", "pooling"), [((4, 6), (3, 3), "max"), ((5, 3, 2), (5, 3, 5), "average")]
+)
 def test_learner_is_the_network_it_says(normalization, channels, filters, kernels, pooling):
     torch.manual_seed(0)
     architecture = gtn.Architecture(filters, kernels, pooling, normalization)
-    theta = [p + 0.1 * torch.randn_like(p) for p in gtn.init_learner(architecture, (channels, 16, 16), dtype=torch.float64)]
+    theta = [
+        p + 0.1 * torch.randn_like(p) for p in gtn.init_learner(architecture, (channels, 16, 16), dtype=torch.float64)
+    ]
     images = torch.randn(6, channels, 16, 16, dtype=torch.float64)
     expected = as_module(theta, architecture)(images)
     torch.testing.assert_close(gtn.learner(theta, images, architecture), expected, rtol=1e-10, atol=1e-10)
@@ -183,7 +187,7 @@ def test_too_deep_for_the_image(normalization, deepest):
 
 @pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
 def test_predictions_do_not_depend_on_the_other_images(tiny_problem, normalization):
-    teacher, data, theta, architecture, _ = tiny_problem(normalization)
+    _, data, theta, architecture, _ = tiny_problem(normalization)
     reference, images = data.train.images[:8], data.test.images[8:20]
     together = gtn.learner(theta, images, architecture, reference)
     alone = torch.cat([gtn.learner(theta, image[None], architecture, reference) for image in images])
@@ -257,9 +261,12 @@ def test_orders(tiny_problem):
     assert {tuple(x.flatten().tolist()) for x in batches.images} == rows
     assert not torch.equal(batches.images, curriculum.images)
     assert {tuple(x.flatten().tolist()) for x in everything.images} != rows
-    pairs = [sorted((*x.flatten().tolist(), int(y)) for x, y in zip(c.images.flatten(0, 1), c.labels.flatten(), strict=True))
-             for c in (curriculum, batches, everything)]  # fmt: skip
-    assert pairs[0] == pairs[1] == pairs[2]
+
+    def pairs(c):
+        images_labels = zip(c.images.flatten(0, 1), c.labels.flatten(), strict=True)
+        return sorted((*x.flatten().tolist(), int(y)) for x, y in images_labels)
+
+    assert pairs(curriculum) == pairs(batches) == pairs(everything)
     assert torch.equal(everything.lr, curriculum.lr)
 
 
