@@ -23,11 +23,11 @@ import random
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,18 @@ FORMAT = 1  # version of the files that a run leaves
 
 class InputError(Exception):
     """Something the user can mend: printed as one line, exit status 2."""
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a missing, damaged or hostile file raises inside becomes one InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or 'it is no such file'}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"{path} is damaged, or not what it should be ({type(error).__name__}: {reason})") from None
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -133,16 +145,10 @@ class Config:
 def load_configs():
     """Named experiments: {name: {field: value}}, the differences from `Config`'s defaults."""
     path = Path(__file__).with_name("configs.json")
-    try:
+    with reading(path):
         configs = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; restore it from the repository") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}, line 1: not JSON text ({type(error).__name__})") from None
-    if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
-        raise InputError(f"{path}, line 1: must be an object of objects: {{name: {{field: value}}}}")
+        if not isinstance(configs, dict) or not all(isinstance(changes, dict) for changes in configs.values()):
+            raise ValueError("line 1: must be an object of objects, {name: {field: value}}")
     return configs
 
 
@@ -190,23 +196,19 @@ FONTS = [*DEJAVU, "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10"]
 TEST_FONTS = ["DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralBolIta", "cmb10", "cmss10", "cmtt10"]
 
 
-def glyph_bitmaps(font, size=28, height=19):
-    """The ten digits of one of matplotlib's fonts, centred, `height` pixels tall: [10, size, size] in 0..1."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
+def glyph_bitmaps(font):
+    """The ten digits of one of matplotlib's fonts, about 19 pixels tall and centred: [10, 28, 28] in 0..1."""
+    from matplotlib import ft2font, get_data_path
 
-    face = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")))
-    bitmaps = torch.zeros(CLASSES, size, size)
+    face = ft2font.FT2Font(str(Path(get_data_path(), "fonts", "ttf", f"{font}.ttf")))
+    face.set_size(26, 72)
+    bitmaps = torch.zeros(CLASSES, 28, 28)
     for digit in range(CLASSES):
-        face.set_size(28, 72)
         face.set_text(str(digit))
         face.draw_glyphs_to_bitmap()
         ink = torch.from_numpy(np.array(face.get_image())).float() / 255
-        rows, columns = ink.amax(1).nonzero(), ink.amax(0).nonzero()
-        ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        width = min(size, max(1, round(height * ink.shape[1] / ink.shape[0])))
-        ink = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
-        top, left = (size - height) // 2, (size - width) // 2
+        height, width = ink.shape
+        top, left = (28 - height) // 2, (28 - width) // 2
         bitmaps[digit, top : top + height, left : left + width] = ink
     return bitmaps
 
@@ -643,30 +645,25 @@ def summary(accuracies):
 # (the product) and checkpoint.pt (all that resuming needs).
 
 
-@contextlib.contextmanager
-def writing(path):
-    """A full disk or a read-only folder becomes one InputError."""
+def write_file(path, content):
+    """Write bytes so that a kill or a full disk leaves the old file or the new one, never a part; InputError."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; what was there before is intact") from None
 
 
-def write_file(path, content):
-    """Write bytes or text so that a kill or a full disk leaves the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except InputError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+def write_json(path, content):
+    """Write a dict as JSON."""
+    write_file(path, (json.dumps({"format": FORMAT, **content}, indent=1) + "\n").encode())
 
 
 def write_tensors(path, **content):
@@ -676,32 +673,28 @@ def write_tensors(path, **content):
     write_file(path, buffer.getvalue())
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Whatever a missing, damaged or hostile file raises inside becomes one InputError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or 'it is no such file'}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"{path} is damaged, or not what it should be ({type(error).__name__}: {reason})") from None
-
-
 def read_tensors(path):
     """What `write_tensors` wrote, on the CPU; executes nothing that the file holds."""
-    with reading(path):
+    with reading(path), warnings.catch_warnings(action="ignore"):  # of foreign pickles: the error says enough
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']!r}, this code reads format {FORMAT}")
         return content
 
 
+def append_log(path, line):
+    """Append one JSON object to a log.jsonl; InputError where that cannot be."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
 def read_log(path):
     """The lines of a log.jsonl as dicts; a last line that is still being written is left out."""
     with reading(path):
-        lines = path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def read_teacher(path, device="cpu"):
@@ -721,22 +714,19 @@ def read_teacher(path, device="cpu"):
 
 
 def environment(device):
-    """Where a result comes from: versions, device, CPU threads, git commit (None outside a checkout), command."""
-
-    def git(*arguments):
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return result.stdout.strip() if result.returncode == 0 else None
-
+    """Where a result comes from: versions, device, CPU threads, command, git commit ("-dirty" if changed, or None)."""
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     cpu = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
-    commit, status = (git("rev-parse", "HEAD"), git("status", "--porcelain")) if shutil.which("git") else (None, "")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
-        "commit": commit,
-        "dirty": bool(status) if commit else None,
         "command": shlex.join(["python", *sys.argv]),
+        "commit": commit or None,
     }
 
 
@@ -781,7 +771,7 @@ def restore(path, teacher, optimizer):
 
 
 def check_folder(folder, config, resume):
-    """True if the folder holds this config's run, to be resumed; InputError where another would be overwritten."""
+    """True if the folder holds this config's run, to be resumed; InputError where a run would be overwritten."""
     path = folder / "config.json"
     if not path.exists():
         return False
@@ -789,44 +779,42 @@ def check_folder(folder, config, resume):
         theirs = json.loads(path.read_text())["config"]
         ours = json.loads(json.dumps(dataclasses.asdict(config)))
         other = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
-    if other:
-        raise InputError(f"{folder} holds a run with {'; '.join(other)}: choose another folder with --runs")
-    if not resume:
-        raise InputError(f"{folder} holds this run: continue it with --resume, or choose another folder with --runs")
+    if other or not resume:
+        what = f"a run with {'; '.join(other)}" if other else "this run: continue it with --resume"
+        raise InputError(f"{folder} holds {what}, or choose another folder with --runs")
     return (folder / "checkpoint.pt").exists()
 
 
 def begin(config, data, folder, resume):
     """A new run or, if `resume` finds one in the folder, an old one: (teacher, optimizer, step, seconds so far)."""
-    found = check_folder(folder, config, resume)
-    parameter_shapes(sample_architecture(config), data.train.images.shape[1:])  # too deep? before anything is written
+    found, image_shape = check_folder(folder, config, resume), data.train.images.shape[1:]
+    parameter_shapes(sample_architecture(config), image_shape)  # an InputError before anything is written
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
-    teacher = Teacher(config, data.train.images.shape[1:]).to(data.mean.device)
+    teacher = Teacher(config, image_shape).to(data.mean.device)
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
-    step, seconds, lines = 0, 0.0, []
     origin = {"config": dataclasses.asdict(config), "environment": environment(data.mean.device)}
+    step, seconds, lines = 0, 0.0, []
     if found:
         step, seconds = restore(folder / "checkpoint.pt", teacher, optimizer)
-        # validation n comes after checkpoint n, and will come again
+        # what came after the checkpoint will come again: validation n, too, follows checkpoint n
         lines = [x for x in read_log(folder / "log.jsonl") if x["step"] + (x["event"] == "validation") <= step]
-        lines = [x for x in lines if x["event"] != "end"]
     else:
-        write_file(folder / "config.json", json.dumps({"format": FORMAT, **origin}, indent=1) + "\n")
+        write_json(folder / "config.json", origin)
     lines.append({"event": "resume" if found else "start", "step": step, **origin})
-    write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     if not found:
         save(folder, teacher, optimizer, data, step, seconds)
     return teacher, optimizer, step, seconds
 
 
 def validate(teacher, data):
-    """A line of the log: accuracy of fresh learners on validation images, inner learning rate and momentum."""
+    """Fields of the log: accuracy of fresh learners on validation images, inner learning rate and momentum."""
     config = teacher.config
     split = Split(*(x[: config.validation_images] for x in data.validation))
-    lr, momentum = teacher.log_lr.exp().tolist(), teacher.logit_momentum.sigmoid().tolist()
     accuracies = evaluate(teacher, data, split, config.validation_learners)
-    return {"event": "validation", "accuracy": summary(accuracies), "lr": lr, "momentum": momentum}
+    lr, momentum = teacher.log_lr.exp().tolist(), teacher.logit_momentum.sigmoid().tolist()
+    return {"accuracy": summary(accuracies), "lr": lr, "momentum": momentum}
 
 
 @contextlib.contextmanager
@@ -845,53 +833,46 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
     """Meta-train to the end of the schedule, or stop early with a checkpoint: after `stop_after` outer steps in
     all, after `max_minutes` of this call, or on Ctrl-C. Returns the exit status.
 
-    Raises InputError where the meta-loss is not finite; the last good files stay.
+    Raises InputError where meta-loss or meta-gradient is not finite; the last good files stay.
     """
-    lines = read_log(folder / "log.jsonl") if resume and (folder / "log.jsonl").exists() else []
-    if lines and lines[-1]["event"] == "end":
-        report(folder, lines[-1]["test"], lines[-1]["step"])
-        return 0
-    teacher, optimizer, step, before = begin(config, data, folder, resume)
-    started = saved = time.monotonic()
-    last, steps = {}, range(step, min(config.outer_steps, stop_after or config.outer_steps))
+    log_path, begun = folder / "log.jsonl", time.monotonic()
+    if resume and log_path.exists() and (lines := read_log(log_path)) and lines[-1]["event"] == "end":
+        return report(folder, **lines[-1])
+    teacher, optimizer, step, seconds = begin(config, data, folder, resume)
+    started, saved, shown = time.monotonic() - seconds, time.monotonic(), {}
+    last_step = min(config.outer_steps, stop_after or config.outer_steps)
 
-    def log(line):
-        line = {"event": line.pop("event"), "step": step, "seconds": before + time.monotonic() - started, **line}
-        with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def log(event, **fields):
+        line = {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
+        append_log(log_path, line)
+        return line
 
     bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step")
     with bar, signals_noted() as signals:
-        for step in steps:
+        late = False
+        while step < last_step and not signals and not late:
             if step % config.validate_every == 0:
-                log(line := validate(teacher, data))
-                last["validation"] = f"{line['accuracy']['mean']:.3f}"
+                shown["validation"] = f"{log('validation', **validate(teacher, data))['accuracy']['mean']:.3f}"
             meta_loss, norm = outer_step(teacher, optimizer, data, step)
-            if not math.isfinite(meta_loss) or not math.isfinite(norm):
-                raise InputError(
-                    f"meta-loss {meta_loss}, gradient norm {norm} at outer step {step}, inner learning rate "
-                    f"{teacher.log_lr.exp().max():.4g}: stopped, {folder / 'teacher.pt'} is the last good one; "
-                    "a lower inner_lr or outer_lr may help"
-                )
+            if not math.isfinite(meta_loss + norm):
+                rate, good = teacher.log_lr.exp().max(), folder / "teacher.pt"
+                raise InputError(f"meta-loss {meta_loss}, gradient norm {norm} at outer step {step}, inner learning "
+                                 f"rate {rate:.4g}: stopped; {good} is the last good teacher")  # fmt: skip
             step += 1
-            log({"event": "step", "meta_loss": meta_loss, "gradient_norm": norm})
-            bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **last, refresh=False)
+            log("step", meta_loss=meta_loss, gradient_norm=norm)
+            bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **shown, refresh=False)
             bar.update()
-            late = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
-            if signals or late or step == steps.stop or time.monotonic() - saved >= config.checkpoint_every:
-                save(folder, teacher, optimizer, data, step, before + time.monotonic() - started)
+            late = max_minutes is not None and time.monotonic() - begun >= 60 * max_minutes
+            if signals or late or step == last_step or time.monotonic() - saved >= config.checkpoint_every:
+                save(folder, teacher, optimizer, data, step, time.monotonic() - started)
                 saved = time.monotonic()
-            if signals or late:
-                break
     if step < config.outer_steps:
         again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
         print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {again}")
         return 128 + signals[0] if signals else 0
-    log(validate(teacher, data))
+    log("validation", **validate(teacher, data))
     test = {order: summary(evaluate(teacher, data, data.test, config.test_learners, order)) for order in ORDERS}
-    log({"event": "end", "test": test, "peak_memory": peak_memory()})
-    report(folder, test, step)
-    return 0
+    return report(folder, **log("end", test=test, peak_memory=peak_memory()))
 
 
 def spread(figures):
@@ -901,12 +882,13 @@ def spread(figures):
     return f"{figures['mean']:.3f}" + ("" if figures["std"] is None else f" +- {figures['std']:.3f}")
 
 
-def report(folder, test, step):
-    """The last lines of a run: where the files are, the test accuracy, and what to run next."""
+def report(folder, test, step, **_):
+    """The last lines of a run: where the files are, test accuracy, what to run next. Returns exit status 0."""
     print(f"{folder}: {step} outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there")
     for order, figures in test.items():
         print(f"  test accuracy, {order:<15} {spread(figures)} ({figures['n']} fresh learners)")
     print(f"next: python gtn.py --evaluate {folder / 'teacher.pt'}")
+    return 0
 
 
 UNSEEN = {
@@ -920,31 +902,30 @@ UNSEEN = {
 def evaluate_file(path, learners, data_folder, device):
     """--evaluate: test accuracy of fresh learners in every order, of architectures the teacher was not trained
     with (10 learners at most), and after every inner step (10 at most, 1,000 test images); prints a table and
-    writes evaluation.json beside the teacher.
+    writes evaluation.json beside the teacher. Returns exit status 0.
     """
     teacher, content = read_teacher(path, device)
-    config, few = teacher.config, min(learners, 10)
+    config, few, rows = teacher.config, min(learners, 10), []
     data = load_data(config.dataset, data_folder, device)
-    rows = []
+    columns = [(order, order, True) for order in ORDERS]
+    if config.normalization == "batch":  # per sample nothing can leak
+        columns.append(("transductive", "in order", False))
     print(f"{'architecture':<16}{'learners':>8}" + "".join(f"{column:>18}" for column in (*ORDERS, "transductive")))
-    for name, change in tqdm(UNSEEN.items(), desc="architectures", leave=False):
-        n = few if change else learners
-        row = {order: summary(evaluate(teacher, data, data.test, n, order, change)) for order in ORDERS}
-        row["transductive"] = None  # with per-sample normalisation nothing can leak
-        if config.normalization == "batch":
-            row["transductive"] = summary(evaluate(teacher, data, data.test, n, change=change, inductive=False))
-        rows.append({"architecture": name, **row})
-        tqdm.write(f"{name:<16}{n:>8}" + "".join(f"{spread(figures):>18}" for figures in row.values()))
-    thousand = Split(*(x[:1000] for x in data.test))
-    curve = np.array(accuracy_curve(teacher, data, thousand, few))
-    print("after each inner step:", " ".join(f"{x:.3f}" for x in curve.mean(0)), f"({few} learners)")
-    result = {
-        "format": FORMAT, "teacher": str(path), "step": content["step"], "config": dataclasses.asdict(config),
-        "environment": environment(device), "rows": rows, "curve": curve.tolist(), "peak_memory": peak_memory(),
-    }  # fmt: skip
+    for name, change in tqdm(UNSEEN.items(), leave=False):
+        row, n = {"architecture": name, "transductive": None}, few if change else learners
+        for column, order, inductive in columns:
+            row[column] = summary(evaluate(teacher, data, data.test, n, order, change, inductive))
+        rows.append(row)
+        cells = [spread(row[column]) for column in (*ORDERS, "transductive")]
+        tqdm.write(f"{name:<16}{n:>8}" + "".join(f"{cell:>18}" for cell in cells))
+    curve = np.array(accuracy_curve(teacher, data, Split(*(x[:1000] for x in data.test)), few))
+    print(f"after each inner step ({few} learners):", " ".join(f"{x:.3f}" for x in curve.mean(0)))
     output = Path(path).with_name("evaluation.json")
-    write_file(output, json.dumps(result, indent=1) + "\n")
+    origin = {"teacher": str(path), "config": dataclasses.asdict(config), "environment": environment(device)}
+    result = {"step": content["step"], "rows": rows, "curve": curve.tolist(), "peak_memory": peak_memory()}
+    write_json(output, origin | result)
     print(f"written to {output}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -966,14 +947,6 @@ def parse_arguments(arguments):
     def fail(message):
         raise InputError(message)
 
-    def number(kind, valid):
-        def parse(text):
-            if not valid[0](value := kind(text)):
-                raise argparse.ArgumentTypeError(f"must be {valid[1]}")
-            return value
-
-        return parse
-
     parser.error = fail
     add = parser.add_argument
     add("--config", default="quick", metavar="NAME", help="entry of configs.json (default: quick)")
@@ -986,17 +959,21 @@ def parse_arguments(arguments):
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any field below")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
-    add("--stop-after", type=number(int, COUNT), metavar="K", help="stop with a checkpoint after K outer steps in all")
+    add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
     add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
     add(
         "--learners",
-        type=number(int, COUNT),
+        type=int,
         default=100,
         metavar="N",
         help="fresh learners of --evaluate (default: 100)",
     )
-    add("--max-minutes", type=number(float, FROM_0), metavar="M", help="stop with a checkpoint after M minutes")
-    return parser.parse_args(arguments)
+    add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
+    args = parser.parse_args(arguments)
+    for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": FROM_0}.items():
+        if (value := getattr(args, name)) is not None and not test(value):
+            fail(f"--{name.replace('_', '-')} {value}: must be {words}")
+    return args
 
 
 def choose_device(name):
@@ -1022,8 +999,7 @@ def main(arguments=None):
         args = parse_arguments(arguments)
         keep_freed_memory()
         if args.evaluate:
-            evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
-            return 0
+            return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
         check_folder(folder, config, args.resume)  # before the data, for a quick answer

@@ -151,12 +151,12 @@ REFUSED = [
     (["--outer-steps", "0"], "outer_steps=0: must be at least 1"),
     (["--outer-steps", "x"], "argument --outer-steps: invalid int value: 'x'"),
     (["--seed", "-1"], "seed=-1: must be from 0"),
-    (["--stop-after", "0"], "argument --stop-after: must be at least 1"),
-    (["--max-minutes", "-1"], "argument --max-minutes: must be at least 0"),
+    (["--stop-after", "0"], "--stop-after 0: must be at least 1"),
+    (["--max-minutes", "-1"], "--max-minutes -1.0: must be at least 0"),
     (["--device", "tpu"], "--device tpu: must be auto, cpu or cuda"),
     (["--nosuch"], "unrecognized arguments: --nosuch"),
     (["--evaluate", "nosuch.pt"], "cannot read nosuch.pt"),
-    (["--evaluate", "nosuch.pt", "--learners", "0"], "argument --learners: must be at least 1"),
+    (["--evaluate", "nosuch.pt", "--learners", "0"], "--learners 0: must be at least 1"),
 ]
 
 
@@ -205,12 +205,15 @@ def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n "quick": {,}\n}', "configs.json, line 2:"),
-        ("[1]", "configs.json, line 1: must be an object of objects"),
+        (
+            '{\n "quick": {,}\n}',
+            "enclosed in double quotes: line 2 column 12",
+        ),
+        ("[1]", "configs.json is damaged, or not what it should be (ValueError: line 1"),
         ('{"quick": {"inner_stepz": 3}}', "unknown field 'inner_stepz'"),
-        ("\xff", "configs.json, line 1:"),
-        ("", "configs.json, line 1:"),
-        (None, "configs.json: No such file or directory; restore it"),
+        ("\xff", "configs.json is damaged"),
+        ("", "line 1 column 1"),
+        (None, "configs.json: No such file or directory"),
     ],
 )
 def test_bad_configs_file(tmp_path, text, message):
@@ -219,6 +222,7 @@ def test_bad_configs_file(tmp_path, text, message):
         (tmp_path / "configs.json").write_text(text, encoding="latin-1")
     result = shell("--outer-steps", 1, script=tmp_path / "gtn.py", cwd=tmp_path)
     assert result.returncode == 2
+    assert "configs.json" in result.stderr or "inner_stepz" in result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()

@@ -276,17 +276,18 @@ def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch):
     (snippet,) = [block for block in blocks if "torch.optim.SGD" in block]
     assert "gtn" not in re.sub(r'"[^"]*"', "", snippet)
     settings = ["filters=[24,48]", "test_learners=1", "validation_learners=1", "validate_every=1000"]
-    run = shell("--outer-steps", 30, "--device", "cpu", "--set", *settings, cwd=tmp_path)
+    run = shell("--outer-steps", 80, "--device", "cpu", "--set", *settings, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     data = gtn.load_data("glyphs", "", torch.device("cpu"))
+    test = gtn.Split(*(x[::5] for x in data.test))
     teacher, _ = gtn.read_teacher(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
-    expected = gtn.summary(gtn.evaluate(teacher, data, data.test, 6))["mean"]
+    expected = gtn.summary(gtn.evaluate(teacher, data, test, 8))["mean"]
     monkeypatch.chdir(tmp_path)
     accuracies = []
-    for seed in range(6):
+    for seed in range(8):
         torch.manual_seed(seed)
         exec(snippet, names := {})
         with torch.no_grad():
-            accuracies.append((names["network"](data.test.images).argmax(1) == data.test.labels).float().mean().item())
+            accuracies.append((names["network"](test.images).argmax(1) == test.labels).float().mean().item())
     assert gtn.summary(accuracies)["mean"] == pytest.approx(expected, abs=0.03)
-    assert expected > 0.3
+    assert expected > 0.6
