@@ -5,9 +5,17 @@ A teacher makes synthetic images; a freshly initialised learner trains on them f
 the teacher follows this meta-gradient (the outer step). The file reads in that order: config, data,
 teacher, learner, inner loop and meta-gradient, evaluation, files, training, command line.
 
-    python gtn.py                                  # embedded glyphs, needs no download
-    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images
+    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images, 2 s an outer step
     python gtn.py --help                           # every flag, config and field
+    python gtn.py                                  # embedded glyphs, no download: 2 minutes on two CPU cores
+
+The last one ends with
+
+    runs/quick-learned-s0: 240 outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there
+      test accuracy, in order        0.940 +- 0.007 (10 fresh learners)
+      test accuracy, batch-shuffled  0.775 +- 0.076 (10 fresh learners)
+      test accuracy, all-shuffled    0.709 +- 0.099 (10 fresh learners)
+    next: python gtn.py --evaluate runs/quick-learned-s0/teacher.pt
 """
 
 import argparse
@@ -196,19 +204,22 @@ FONTS = [*DEJAVU, "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10"]
 TEST_FONTS = ["DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralBolIta", "cmb10", "cmss10", "cmtt10"]
 
 
-def glyph_bitmaps(font):
-    """The ten digits of one of matplotlib's fonts, about 19 pixels tall and centred: [10, 28, 28] in 0..1."""
+def glyph_bitmaps(font, size=28, height=19):
+    """The ten digits of one of matplotlib's fonts, `height` pixels tall and centred: [10, size, size] in 0..1."""
     from matplotlib import ft2font, get_data_path
 
     face = ft2font.FT2Font(str(Path(get_data_path(), "fonts", "ttf", f"{font}.ttf")))
-    face.set_size(26, 72)
-    bitmaps = torch.zeros(CLASSES, 28, 28)
+    face.set_size(size, 72)
+    bitmaps = torch.zeros(CLASSES, size, size)
     for digit in range(CLASSES):
         face.set_text(str(digit))
         face.draw_glyphs_to_bitmap()
         ink = torch.from_numpy(np.array(face.get_image())).float() / 255
-        height, width = ink.shape
-        top, left = (28 - height) // 2, (28 - width) // 2
+        rows, columns = ink.amax(1).nonzero(), ink.amax(0).nonzero()
+        ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        width = round(height * ink.shape[1] / ink.shape[0])
+        top, left = (size - height) // 2, (size - width) // 2
+        ink = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
         bitmaps[digit, top : top + height, left : left + width] = ink
     return bitmaps
 
