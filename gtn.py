@@ -67,18 +67,35 @@ def reading(path):
 
 # ------------------------------------------------------------------------------------------ config
 
-COUNT = (lambda x: 1 <= x < 2**31, "at least 1")
-COUNT_FROM_0 = (lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
-POSITIVE = (lambda x: 0 < x < 1e9, "above 0 and below 1e9")
-FROM_0 = (lambda x: 0 <= x < 1e9, "at least 0 and below 1e9")
-FRACTION = (lambda x: 0 < x < 1, "between 0 and 1")
 VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 DATASETS = ("mnist", "fashion", "kmnist", "cifar10", "glyphs")
 NORMALIZATIONS = ("layer", "instance", "batch")
 
 
-def setting(default, source, valid=None):
-    """A field of `Config`: default, unit and source, and what is valid: choices or (test, words)."""
+def are_filters(blocks):
+    """Whether each conv block has a number of filters, or low <= high to sample it from."""
+    ranges = [b if isinstance(b, tuple) and len(b) == 2 else (b, b) for b in blocks]
+    return (
+        bool(ranges) and all(type(n) is int for r in ranges for n in r) and all(1 <= x <= y < 2**20 for x, y in ranges)
+    )
+
+
+# what is valid: a test, and the same in words
+COUNT = (lambda x: 1 <= x < 2**31, "a whole number from 1 to 2**31 - 1")
+SEED = (lambda x: 0 <= x < 2**31, "a whole number from 0 to 2**31 - 1")
+POSITIVE = (lambda x: 0 < x < 1e9, "a number above 0 and below 1e9")
+NOT_NEGATIVE = (lambda x: 0 <= x < 1e9, "a number from 0 to below 1e9")
+FRACTION = (lambda x: 0 < x < 1, "a number above 0 and below 1")
+FILTERS = (are_filters, "a list with a number of at least 1, or [low, high], for each conv block")
+NAME = (re.compile(r"\w[\w.-]{0,99}").fullmatch, "letters, digits, '_', '.' and '-'")
+VARIANT, DATASET, NORMALIZATION = (
+    (names.__contains__, f"one of {', '.join(names)}") for names in (VARIANTS, DATASETS, NORMALIZATIONS)
+)
+SWITCH = (lambda x: True, "true or false")
+
+
+def setting(default, source, valid):
+    """A field of `Config`: its default, unit and source, and what is valid."""
     return dataclasses.field(default=default, metadata={"source": source, "valid": valid})
 
 
@@ -87,10 +104,10 @@ class Config:
     """Every setting of a run; `configs.json` names differences. Raises InputError on a bad value."""
 
     # experiment
-    name: str = setting("A", "entry of configs.json; a run lies in <name>-<variant>-s<seed>")
-    variant: str = setting("learned", "the latent input; or a baseline without generator", VARIANTS)
-    seed: int = setting(0, "fixes everything on a CPU, bit for bit", COUNT_FROM_0)
-    dataset: str = setting("mnist", "glyphs: embedded; the others: torchvision", DATASETS)
+    name: str = setting("A", "entry of configs.json; a run lies in <name>-<variant>-s<seed>", NAME)
+    variant: str = setting("learned", "the latent input; or a baseline without generator", VARIANT)
+    seed: int = setting(0, "fixes everything on a CPU, bit for bit", SEED)
+    dataset: str = setting("mnist", "glyphs: embedded; the others: torchvision", DATASET)
     # curriculum
     inner_steps: int = setting(20, "T; earlier run: A 20, B and C 10; paper: 32", COUNT)
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32, C 16; paper: 128", COUNT)
@@ -101,11 +118,11 @@ class Config:
     image_scale: float = setting(2.0, "pixels are scale * tanh; paper: 2", POSITIVE)
     inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, where (64, 128) filters diverge", POSITIVE)
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", FRACTION)
-    per_step: bool = setting(True, "alpha and mu are learned for each inner step; paper: yes")
+    per_step: bool = setting(True, "alpha and mu are learned for each inner step; paper: yes", SWITCH)
     # learner
-    filters: tuple = setting((64, 128), "per conv block; [low, high]: sampled for every outer step")
+    filters: tuple = setting((64, 128), "per conv block; [low, high]: sampled for every outer step", FILTERS)
     normalization: str = setting("instance", "layer, instance: per sample; batch: of the last synthetic batch",
-                                 NORMALIZATIONS)  # fmt: skip
+                                 NORMALIZATION)  # fmt: skip
     # meta-gradient
     meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128", COUNT)
     meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next, the last always; paper: 1",
@@ -122,32 +139,19 @@ class Config:
     validation_learners: int = setting(2, "fresh learners per validation", COUNT)
     validation_images: int = setting(2000, "images per validation", COUNT)
     test_learners: int = setting(10, "fresh learners for the test accuracy at the end", COUNT)
-    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", FROM_0)
+    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", NOT_NEGATIVE)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kind, valid = getattr(self, field.name), type(field.default), field.metadata["valid"]
-            if kind is float and type(value) is int:
-                value = float(value) if abs(value) < 2**53 else math.inf
+            value, kind, (valid, words) = getattr(self, field.name), type(field.default), field.metadata["valid"]
+            if kind is float and type(value) is int and abs(value) < 2**53:
+                value = float(value)
             if kind is tuple and isinstance(value, list):
                 value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-            object.__setattr__(self, field.name, value)  # normalised: 1 -> 1.0, list -> tuple
-            problem = None
-            if type(value) is not kind:
-                problem = f"must be of type {kind.__name__}, such as {json.dumps(field.default)}"
-            elif isinstance(valid, tuple) and callable(valid[0]):
-                problem = None if valid[0](value) else f"must be {valid[1]}"
-            elif valid and value not in valid:
-                problem = f"must be one of {', '.join(valid)}"
-            if problem:
-                raise InputError(f"{field.name}={json.dumps(value)}: {problem}")
-        for entry in self.filters or [None]:
-            low, high = entry if type(entry) is tuple and len(entry) == 2 else (entry, entry)
-            if type(low) is not int or type(high) is not int or not 1 <= low <= high < 2**20:
-                raise InputError(f"filters={json.dumps(self.filters)}: must be a list with, for each conv block, "
-                                 "a number of at least 1 or [low, high]")  # fmt: skip
-        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name):
-            raise InputError(f"name={json.dumps(self.name)}: must be letters, digits, '_', '.' and '-'")
+            if type(value) is not kind or not valid(value):
+                example = json.dumps(field.default)
+                raise InputError(f"{field.name}={json.dumps(value)}: must be {words}, such as {example}")
+            object.__setattr__(self, field.name, value)
 
 
 def load_configs():
@@ -513,6 +517,11 @@ def leaves(tensors):
     return [x.detach().requires_grad_() for x in tensors]
 
 
+def at_rest(theta):
+    """The state (theta, velocity) before the first inner step."""
+    return leaves(theta), [torch.zeros_like(p) for p in theta]
+
+
 def meta_gradient(theta, curriculum, architecture, real, segment):
     """Meta-loss and its exact gradient in the curriculum: (loss, d images [T, B, C, H, W], d lr [T], d momentum [T]).
 
@@ -523,27 +532,24 @@ def meta_gradient(theta, curriculum, architecture, real, segment):
     T, losses_taken = len(real), sum(batch is not None for batch in real)
     segments = [slice(t, t + segment) for t in range(0, T, segment)]
     parts = [Curriculum(*(x.detach()[s] for x in curriculum)) for s in segments]
-    states = [(leaves(theta), [torch.zeros_like(p) for p in theta])]
+    states = [at_rest(theta)]
     for part in parts[:-1]:
         states.append(unroll(*states[-1], part, architecture)[:2])
 
     adjoint = [torch.zeros_like(p) for p in theta] * 2
     meta_loss, collected = 0, []
-    while segments:
+    for steps in reversed(segments):
         theta, velocity = map(leaves, states.pop())
-        images, lr, momentum = leaves([(part := parts.pop()).images, part.lr, part.momentum])
-        end, end_velocity, losses = unroll(
-            theta, velocity, Curriculum(images, part.labels, lr, momentum), architecture,
-            real[segments.pop()], create_graph=True,
-        )  # fmt: skip
+        part = parts.pop()
+        images, lr, momentum = inputs = leaves([part.images, part.lr, part.momentum])
+        part = Curriculum(images, part.labels, lr, momentum)
+        end, end_velocity, losses = unroll(theta, velocity, part, architecture, real[steps], create_graph=True)
         weights = [torch.full_like(loss, 1 / losses_taken) for loss in losses]
-        gradients = torch.autograd.grad(
-            [*end, *end_velocity, *losses], [*theta, *velocity, images, lr, momentum], [*adjoint, *weights]
-        )
-        *adjoint, d_images, d_lr, d_momentum = gradients
+        outputs, inputs = [*end, *end_velocity, *losses], [*theta, *velocity, *inputs]
+        *adjoint, d_images, d_lr, d_momentum = torch.autograd.grad(outputs, inputs, [*adjoint, *weights])
         collected.insert(0, (d_images, d_lr, d_momentum))
         meta_loss = meta_loss + sum(loss.detach() for loss in losses) / losses_taken
-    return meta_loss, *(torch.cat(parts) for parts in zip(*collected, strict=True))
+    return meta_loss, *(torch.cat(gradients) for gradients in zip(*collected, strict=True))
 
 
 def meta_batches(data, config):
@@ -605,8 +611,7 @@ def fresh_learner(teacher, data, k, order="in order", change=None):
 
 def train_learner(theta, curriculum, architecture):
     """theta_T of a learner that starts at theta_0; keeps no graph."""
-    velocity = [torch.zeros_like(p) for p in theta]
-    return unroll(leaves(theta), velocity, curriculum.detach(), architecture)[0]
+    return unroll(*at_rest(theta), curriculum.detach(), architecture)[0]
 
 
 @torch.no_grad()
@@ -635,11 +640,10 @@ def accuracy_curve(teacher, data, split, learners):
     curves = []
     for k in range(learners):
         theta, curriculum, architecture = fresh_learner(teacher, data, k)
-        theta, velocity, curve = leaves(theta), [torch.zeros_like(p) for p in theta], []
+        state, curve = at_rest(theta), []
         for t in range(len(curriculum.lr)):
-            one_step = Curriculum(*(x[t : t + 1] for x in curriculum))
-            theta, velocity, _ = unroll(theta, velocity, one_step, architecture)
-            curve.append(accuracy(theta, split, architecture, curriculum.images[t]))
+            state = unroll(*state, Curriculum(*(x[t : t + 1] for x in curriculum)), architecture)[:2]
+            curve.append(accuracy(state[0], split, architecture, curriculum.images[t]))
         curves.append(curve)
     return curves
 
@@ -981,7 +985,7 @@ def parse_arguments(arguments):
     )
     add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
     args = parser.parse_args(arguments)
-    for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": FROM_0}.items():
+    for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": NOT_NEGATIVE}.items():
         if (value := getattr(args, name)) is not None and not test(value):
             fail(f"--{name.replace('_', '-')} {value}: must be {words}")
     return args
