@@ -139,7 +139,7 @@ REFUSED = [
     (["--set", "inner_steps"], "must be KEY=VALUE"),
     (["--set", "inner_steps=0"], "inner_steps=0: must be a whole number from 1"),
     (["--set", "batch_size=0"], "batch_size=0: must be a whole number from 1"),
-    (["--set", "batch_size=2.5"], "batch_size=2.5: must be of type int"),
+    (["--set", "batch_size=2.5"], "batch_size=2.5: must be a whole number from 1"),
     (["--set", "filters=[0,4]"], "filters=[0, 4]: must be a list"),
     (["--set", "filters=[]"], "filters=[]: must be a list"),
     (["--set", "filters=[[5,4]]"], "a list with a number"),
