@@ -86,6 +86,7 @@ SEED = (lambda x: 0 <= x < 2**31, "a whole number from 0 to 2**31 - 1")
 POSITIVE = (lambda x: 0 < x < 1e9, "a number above 0 and below 1e9")
 NOT_NEGATIVE = (lambda x: 0 <= x < 1e9, "a number from 0 to below 1e9")
 FRACTION = (lambda x: 0 < x < 1, "a number above 0 and below 1")
+BETA = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
 FILTERS = (are_filters, "a list with a number of at least 1, or [low, high], for each conv block")
 NAME = (re.compile(r"\w[\w.-]{0,99}").fullmatch, "letters, digits, '_', '.' and '-'")
 VARIANT, DATASET, NORMALIZATION = (
@@ -104,8 +105,10 @@ class Config:
     """Every setting of a run; `configs.json` names differences. Raises InputError on a bad value."""
 
     # experiment
-    name: str = setting("A", "entry of configs.json; a run lies in <name>-<variant>-s<seed>", NAME)
-    variant: str = setting("learned", "the latent input; or a baseline without generator", VARIANT)
+    name: str = setting("A", "set by --config, or yours; a run lies in <name>-<variant>-s<seed>", NAME)
+    variant: str = setting(
+        "learned", "images of a generator whose latent input is learned, fixed or random; pixels; real data", VARIANT
+    )
     seed: int = setting(0, "fixes everything on a CPU, bit for bit", SEED)
     dataset: str = setting("mnist", "glyphs: embedded; the others: torchvision", DATASET)
     # curriculum
@@ -131,9 +134,9 @@ class Config:
     # outer optimizer: Adam with cosine decay
     outer_steps: int = setting(5000, "length of the schedule; earlier run: 5000; paper: 2000", COUNT)
     outer_lr: float = setting(0.02, "paper: 0.02; earlier run: 0.01", POSITIVE)
-    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1; 1: constant", POSITIVE)
-    outer_beta1: float = setting(0.5, "ours: 0.5, better after 25 and 50 outer steps; paper: 0.9", FRACTION)
-    outer_beta2: float = setting(0.999, "Adam's default", FRACTION)
+    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1; 1: constant", NOT_NEGATIVE)
+    outer_beta1: float = setting(0.5, "ours: 0.5, better after 25 and 50 outer steps; paper: 0.9", BETA)
+    outer_beta2: float = setting(0.999, "Adam's default", BETA)
     # bookkeeping
     validate_every: int = setting(25, "outer steps", COUNT)
     validation_learners: int = setting(2, "fresh learners per validation", COUNT)
@@ -253,27 +256,29 @@ def glyphs():
     parts = [(20_000, FONTS), (2_500, FONTS), (2_500, TEST_FONTS)]
     drawn = [draw_glyphs(n, fonts, torch.Generator().manual_seed(i)) for i, (n, fonts) in enumerate(parts)]
     (images, labels), *test = drawn
-    return images, labels, torch.cat([t[0] for t in test]), torch.cat([t[1] for t in test]), 4_000
+    test_images, test_labels = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*test, strict=True))  # alternate
+    return images, labels, test_images, test_labels, 4_000
 
 
 def torchvision_images(dataset, folder):
     """(training images, labels, test images, labels, validation size) of a torchvision data set, pixels in 0..1."""
     import torchvision.datasets
 
-    names = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
+    name = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}[dataset]
+    place = Path(folder, "cifar-10-batches-py" if name == "CIFAR10" else f"{name}/raw")
     arrays = []
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its progress would bury our one line
             for train in (True, False):
-                part = getattr(torchvision.datasets, names[dataset])(folder, train=train, download=True)
+                part = getattr(torchvision.datasets, name)(folder, train=train, download=True)
                 images = torch.as_tensor(part.data).float() / 255
                 arrays += [images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]]
                 arrays += [torch.as_tensor(part.targets)]
     except Exception as error:  # offline, no such folder, read-only, damaged files: the remedy is the same
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"no {names[dataset]} in {str(folder)!r}, and it cannot be downloaded ({reason[0]}): put its files into "
-            f"{Path(folder, names[dataset])}/, or name another folder with --data, or use --config quick"
+            f"no {name} in {place}, and it cannot be downloaded ({reason[0]}): put its files there, or name "
+            "another folder with --data, or use --config quick"
         ) from None
     return (*arrays, 10_000)
 
@@ -590,7 +595,7 @@ ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 @contextlib.contextmanager
 def seeded(*key):
     """Inside, random numbers depend on the key (whole numbers) alone; outside, their stream is undisturbed."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
@@ -709,7 +714,10 @@ def append_log(path, line):
 def read_log(path):
     """The lines of a log.jsonl as dicts; a last line that is still being written is left out."""
     with reading(path):
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        if not all({"event", "step"} <= set(line) for line in lines):
+            raise ValueError("a line without event or step")
+        return lines
 
 
 def read_teacher(path, device="cpu"):
@@ -723,7 +731,8 @@ def read_teacher(path, device="cpu"):
             raise ValueError(f"the curriculum's shapes are not {expected}")
         if not all(x.isfinite().all() for x in curriculum) or curriculum.labels.amax() >= CLASSES:
             raise ValueError("the curriculum has numbers that are not finite, or unknown labels")
-        teacher = Teacher(config, image_shape)
+    teacher = Teacher(config, image_shape)
+    with reading(path):
         teacher.load_state_dict(content["teacher"])
     return teacher.to(device), content | {"curriculum": Curriculum(*(x.to(device) for x in curriculum))}
 
@@ -765,7 +774,7 @@ def save(folder, teacher, optimizer, data, step, seconds):
                   mean=data.mean.cpu(), std=data.std.cpu())  # fmt: skip
     kind, key, *rest = np.random.get_state()
     generators = {"python": random.getstate(), "numpy": (kind, key.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}  # fmt: skip
+                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}  # fmt: skip
     write_tensors(folder / "checkpoint.pt", config=config, step=step, seconds=seconds, teacher=state,
                   optimizer=optimizer.state_dict(), generators=generators)  # fmt: skip
 
@@ -776,12 +785,15 @@ def restore(path, teacher, optimizer):
     with reading(path):
         teacher.load_state_dict(content["teacher"])
         optimizer.load_state_dict(content["optimizer"])
+        for p, state in optimizer.state.items():  # which load_state_dict does not check
+            if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise ValueError("Adam's state is of another shape")
         generators = content["generators"]
         random.setstate(generators["python"])
         np.random.set_state(generators["numpy"])
         torch.set_rng_state(generators["torch"])
-        if torch.cuda.is_available() and generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
+        if torch.cuda.is_initialized() and generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"])
         return int(content["step"]), float(content["seconds"])
 
 
@@ -791,12 +803,12 @@ def check_folder(folder, config, resume):
     if not path.exists():
         return False
     with reading(path):
-        theirs = json.loads(path.read_text())["config"]
-        ours = json.loads(json.dumps(dataclasses.asdict(config)))
-        other = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
-    if other or not resume:
-        what = f"a run with {'; '.join(other)}" if other else "this run: continue it with --resume"
-        raise InputError(f"{folder} holds {what}, or choose another folder with --runs")
+        theirs = dataclasses.asdict(Config(**json.loads(path.read_text())["config"]))
+    ours = dataclasses.asdict(config)
+    if other := [f"{key}={theirs[key]!r}, now {ours[key]!r}" for key in ours if theirs[key] != ours[key]]:
+        raise InputError(f"{folder} holds a run with {'; '.join(other)}: choose another --runs, or --set name=NAME")
+    if not resume:
+        raise InputError(f"{folder} holds this run: continue it with --resume, or choose another --runs")
     return (folder / "checkpoint.pt").exists()
 
 
@@ -854,7 +866,7 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
     if resume and log_path.exists() and (lines := read_log(log_path)) and lines[-1]["event"] == "end":
         return report(folder, **lines[-1])
     teacher, optimizer, step, seconds = begin(config, data, folder, resume)
-    started, saved, shown = time.monotonic() - seconds, time.monotonic(), {}
+    started, saved, saved_step, shown = time.monotonic() - seconds, time.monotonic(), step, {}
     last_step = min(config.outer_steps, stop_after or config.outer_steps)
 
     def log(event, **fields):
@@ -878,12 +890,14 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
             bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **shown, refresh=False)
             bar.update()
             late = max_minutes is not None and time.monotonic() - begun >= 60 * max_minutes
-            if signals or late or step == last_step or time.monotonic() - saved >= config.checkpoint_every:
+            if time.monotonic() - saved >= config.checkpoint_every:
                 save(folder, teacher, optimizer, data, step, time.monotonic() - started)
-                saved = time.monotonic()
-    if step < config.outer_steps:
-        again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
-        print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {again}")
+                saved, saved_step = time.monotonic(), step
+        if step > saved_step:
+            save(folder, teacher, optimizer, data, step, time.monotonic() - started)
+    if step < config.outer_steps or signals:
+        command = re.sub(r" --(resume|stop-after[ =]\d+)(?= |$)", "", shlex.join(["python", *sys.argv]))
+        print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {command} --resume")
         return 128 + signals[0] if signals else 0
     log("validation", **validate(teacher, data))
     test = {order: summary(evaluate(teacher, data, data.test, config.test_learners, order)) for order in ORDERS}
@@ -902,7 +916,8 @@ def report(folder, test, step, **_):
     print(f"{folder}: {step} outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there")
     for order, figures in test.items():
         print(f"  test accuracy, {order:<15} {spread(figures)} ({figures['n']} fresh learners)")
-    print(f"next: python gtn.py --evaluate {folder / 'teacher.pt'}")
+    where = "".join(re.findall(r" --(?:data|device)[ =]\S+", shlex.join(sys.argv)))
+    print(f"next: python gtn.py --evaluate {shlex.quote(str(folder / 'teacher.pt'))}{where}")
     return 0
 
 
@@ -922,14 +937,18 @@ def evaluate_file(path, learners, data_folder, device):
     teacher, content = read_teacher(path, device)
     config, few, rows = teacher.config, min(learners, 10), []
     data = load_data(config.dataset, data_folder, device)
+    if data.test.images.shape[1:] != content["curriculum"].images.shape[2:]:
+        raise InputError(f"{path} does not teach images of the size of {config.dataset}")
     columns = [(order, order, True) for order in ORDERS]
     if config.normalization == "batch":  # per sample nothing can leak
         columns.append(("transductive", "in order", False))
     print(f"{'architecture':<16}{'learners':>8}" + "".join(f"{column:>18}" for column in (*ORDERS, "transductive")))
     for name, change in tqdm(UNSEEN.items(), leave=False):
         row, n = {"architecture": name, "transductive": None}, few if change else learners
-        for column, order, inductive in columns:
-            row[column] = summary(evaluate(teacher, data, data.test, n, order, change, inductive))
+        row |= dict.fromkeys(ORDERS)
+        with contextlib.suppress(InputError):  # one more block may be too deep for the images: null
+            for column, order, inductive in columns:
+                row[column] = summary(evaluate(teacher, data, data.test, n, order, change, inductive))
         rows.append(row)
         cells = [spread(row[column]) for column in (*ORDERS, "transductive")]
         tqdm.write(f"{name:<16}{n:>8}" + "".join(f"{cell:>18}" for cell in cells))
@@ -955,7 +974,8 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="gtn.py",
         description="Train a Generative Teaching Network and measure it on fresh learners.",
-        epilog=f"configs (what differs from the defaults):\n{configs}\n\nfields and their defaults:\n{fields}",
+        epilog=f"configs (what differs from the defaults):\n{configs}\n\nfields, their defaults and where these come "
+        f"from (earlier run: a PyTorch implementation of A, B and C by others; ours: found here):\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -972,7 +992,14 @@ def parse_arguments(arguments):
     add("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR",
         help="folder of the data sets (default: $GTN_DATA, else data)")  # fmt: skip
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any field below")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override any field below; VALUE is JSON or a word",
+    )
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
     add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
     add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
@@ -983,11 +1010,14 @@ def parse_arguments(arguments):
         metavar="N",
         help="fresh learners of --evaluate (default: 100)",
     )
-    add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes")
+    add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes of this call")
     args = parser.parse_args(arguments)
     for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": NOT_NEGATIVE}.items():
         if (value := getattr(args, name)) is not None and not test(value):
             fail(f"--{name.replace('_', '-')} {value}: must be {words}")
+    extra = [name for name in ("variant", "seed", "outer_steps", "stop_after", "max_minutes") if getattr(args, name)]
+    if args.evaluate and (extra or args.set or args.resume):
+        fail("--evaluate goes with --learners, --data and --device alone: the teacher brings its config")
     return args
 
 

@@ -64,7 +64,8 @@ def run_gtn(tmp_path, capsys, small_glyphs):
     """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit status, output, error)."""
 
     def run(*arguments, settings=TINY):
-        status = gtn.main(["--runs", str(tmp_path / "runs"), "--set", *settings, *arguments])
+        where = [] if "--evaluate" in arguments else ["--runs", str(tmp_path / "runs"), "--set", *settings]
+        status = gtn.main([*where, *arguments])
         return status, *capsys.readouterr()
 
     return run

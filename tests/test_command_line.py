@@ -105,6 +105,16 @@ def test_transductive_figures_of_batch_normalisation(run_gtn, tmp_path):
     assert row["transductive"]["accuracies"] != row["in order"]["accuracies"]
 
 
+def test_an_architecture_too_deep_to_evaluate(run_gtn, tmp_path):
+    status, _, error = run_gtn("--outer-steps", "1", "--set", "filters=[2,2,2]")
+    assert status == 0, error
+    teacher = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    status, _, error = run_gtn("--evaluate", str(teacher), "--learners", "2")
+    assert status == 0, error
+    rows = json.loads(teacher.with_name("evaluation.json").read_text())["rows"]
+    assert [row["in order"] is None for row in rows] == [False, False, False, True]
+
+
 def test_help_lists_flags_configs_and_fields():
     result = shell("--help")
     assert result.returncode == 0
@@ -145,6 +155,7 @@ REFUSED = [
     (["--set", "filters=[[5,4]]"], "a list with a number"),
     (["--set", "filters=[4,4,4,4,4,4]"], "too deep for images of 28x28"),
     (["--set", "outer_lr=NaN"], "outer_lr=NaN: must be a number above 0"),
+    (["--set", "outer_beta1=1"], "outer_beta1=1.0: must be a number from 0 to below 1"),
     (["--set", "momentum=1"], "momentum=1.0: must be a number above 0 and below 1"),
     (["--set", "name=../elsewhere"], "name="),
     (["--set", "per_step=1"], "per_step=1: must be true or false"),
@@ -156,6 +167,8 @@ REFUSED = [
     (["--device", "tpu"], "--device tpu: must be auto, cpu or cuda"),
     (["--nosuch"], "unrecognized arguments: --nosuch"),
     (["--evaluate", "nosuch.pt"], "cannot read nosuch.pt"),
+    (["--evaluate", "nosuch.pt", "--set", "seed=1"], "--evaluate goes with --learners"),
+    (["--evaluate", "nosuch.pt", "--resume"], "--evaluate goes with --learners"),
     (["--evaluate", "nosuch.pt", "--learners", "0"], "--learners 0: must be a whole number from 1"),
 ]
 

@@ -43,7 +43,9 @@ def test_stopped_and_resumed_equals_straight(tmp_path, variant):
     stopped = run("halves", "--stop-after", 2)
     assert stopped.returncode == 0
     assert "stopped after 2 of 4 outer steps" in stopped.stdout
-    assert stopped.stdout.rstrip().endswith("--resume")
+    command = stopped.stdout.splitlines()[-1]
+    assert command.endswith("--resume")
+    assert "--stop-after" not in command
     assert run("halves", "--resume").returncode == 0
     straight, halves = (tmp_path / runs / f"quick-{variant}-s0" for runs in ("straight", "halves"))
     assert comparable(straight) == comparable(halves)
@@ -157,6 +159,13 @@ def damages(content, tmp_path):
     yield "no dict", packed([1, 2])
     yield "lacks the teacher", packed({k: v for k, v in loaded.items() if k != "teacher"})
     yield "another shape", packed(loaded | {"teacher": loaded["teacher"] | {"log_lr": torch.zeros(7)}})
+    if "optimizer" in loaded:
+        adam = loaded["optimizer"]
+        other = adam["state"][0] | {"exp_avg": torch.zeros(7)}
+        yield (
+            "another shape of Adam's state",
+            packed(loaded | {"optimizer": adam | {"state": adam["state"] | {0: other}}}),
+        )
     yield "hostile pickle", pickle.dumps({"format": 1, "teacher": Hostile(tmp_path / "executed")})
     yield "hostile torch file", packed({"format": 1, "teacher": Hostile(tmp_path / "executed")})
 
@@ -178,7 +187,7 @@ def test_damaged_files_are_refused_in_one_line(run_gtn, tmp_path):
             assert not (tmp_path / "executed").exists(), what
             assert {p.name: p.read_bytes() for p in folder.iterdir()} == others, what
             seen += 1
-        assert seen == 18
+        assert seen == (19 if name == "checkpoint.pt" else 18)
         (folder / name).write_bytes(good)
         assert run_gtn(*command)[0] == 0
 
@@ -240,6 +249,23 @@ def test_a_read_only_folder(run_gtn, tmp_path):
     assert "Permission denied" in error
 
 
+def test_ctrl_c_in_the_last_outer_step(run_gtn, tmp_path, monkeypatch):
+    original = gtn.outer_step
+
+    def interrupted(teacher, optimizer, data, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(teacher, optimizer, data, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gtn, "outer_step", interrupted)
+        status, output, _ = run_gtn("--outer-steps", "2")
+    assert status == 130
+    assert "stopped after 2 of 2" in output
+    status, output, _ = run_gtn("--outer-steps", "2", "--resume")
+    assert (status, "test accuracy" in output) == (0, True)
+
+
 def test_runs_is_a_file(run_gtn, tmp_path):
     (tmp_path / "runs").write_text("mine")
     status, _, error = run_gtn("--outer-steps", "1")
@@ -248,8 +274,12 @@ def test_runs_is_a_file(run_gtn, tmp_path):
 
 
 def test_a_half_written_last_line_of_the_log(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert gtn.read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "step", "step": 1}\n{"event": "step", "step": 2}\n{"eve')
+    assert [line["step"] for line in gtn.read_log(log)] == [1, 2]
+    log.write_text("{}\n")
+    with pytest.raises(gtn.InputError, match="a line without event or step"):
+        gtn.read_log(log)
 
 
 FLAT = """

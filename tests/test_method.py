@@ -314,6 +314,9 @@ def test_glyphs():
     assert len(torch.unique(images, dim=0)) == 25_000  # disjoint
     for split in data[:3]:
         assert split.labels.bincount().tolist() == [len(split.labels) // 10] * 10
+    unseen = [image.flatten().tolist() for image in (data.test.images[1:1000:2] * data.std + data.mean)]
+    drawn, _ = gtn.draw_glyphs(2_500, gtn.TEST_FONTS, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(torch.tensor(unseen), drawn[:500].flatten(1), rtol=0, atol=1e-5)  # every second one
     assert data.train.images.mean().item() == pytest.approx(0, abs=1e-3)
     assert data.train.images.std().item() == pytest.approx(1, abs=1e-3)
 
