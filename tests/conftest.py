@@ -34,9 +34,9 @@ def tiny_problem():
             "filters": (2, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
         }  # fmt: skip
         config = gtn.Config(**settings | changes, normalization=normalization)
-        split = gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,)))
+        splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
         one = torch.ones(1, dtype=torch.float64)
-        data = gtn.Data(split, split, split, 0 * one, one)
+        data = gtn.Data(*splits, 0 * one, one)
         teacher = gtn.Teacher(config, (1, 8, 8)).double()
         architecture = gtn.sample_architecture(config)
         theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)

@@ -234,6 +234,21 @@ def test_every_variant_takes_outer_steps(tiny_problem):
         assert all((p != before[name]).any() for name, p in teacher.named_parameters()), variant
 
 
+def test_phi_stays_where_the_meta_loss_is_not_finite(tiny_problem):
+    teacher, data, *_ = tiny_problem()
+    data.train.images.fill_(torch.nan)
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    meta_loss, _ = gtn.outer_step(teacher, torch.optim.Adam(teacher.parameters()), data, 0)
+    assert meta_loss != meta_loss
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+
+
+def test_an_unroll_without_graph_keeps_none(tiny_problem):
+    teacher, data, theta, architecture, _ = tiny_problem()
+    theta, velocity, _ = gtn.unroll(*gtn.at_rest(theta), teacher(data).detach(), architecture)
+    assert all(p.grad_fn is None for p in (*theta, *velocity))
+
+
 def test_learning_rate_follows_the_cosine(tiny_problem):
     teacher, data, *_ = tiny_problem(outer_steps=4, outer_lr=0.08, outer_lr_end=0.25)
     optimizer = torch.optim.Adam(teacher.parameters())
@@ -276,7 +291,9 @@ def test_fresh_learners_depend_on_their_number_alone(tiny_problem):
     before = torch.get_rng_state()
     two, four = (gtn.evaluate(teacher, data, data.test, n) for n in (2, 4))
     assert torch.equal(torch.get_rng_state(), before)
-    assert two == four[:2]
+    torch.manual_seed(6)
+    assert gtn.evaluate(teacher, data, data.test, 2) == two == four[:2]
+    assert len({float(gtn.fresh_learner(teacher, data, k)[0][0].sum()) for k in range(4)}) == 4
     theta, _, architecture = gtn.fresh_learner(teacher, data, 3)
     shuffled, _, other = gtn.fresh_learner(teacher, data, 3, "all-shuffled")
     assert architecture == other
