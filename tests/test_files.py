@@ -87,7 +87,8 @@ def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
 def start(tmp_path, steps, *more):
     arguments = ["--outer-steps", steps, "--device", "cpu", "--runs", tmp_path, *more, "--set", *TINY]
     command = [sys.executable, str(ROOT / "gtn.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # faster for networks as small as these
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=one_thread)
 
 
 def wait_for_step(folder, step, process):
@@ -111,24 +112,30 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     assert read(folder / "log.jsonl")[-1]["step"] == stopped
 
 
+def checkpoint_step(folder):
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else -1
+
+
 def test_kill_9_at_random_moments(tmp_path, request):
     """Killed again and again, a run ends with the very teacher of the run that nobody disturbed."""
-    kills, steps = request.config.getoption("--kills"), 120
-    straight = start(tmp_path / "straight", steps)
-    assert straight.wait(timeout=120) == 0
-    folder, moment = tmp_path / "killed" / "quick-learned-s0", random.Random(kills)
+    kills, moment = request.config.getoption("--kills"), random.Random(0)
+    steps = 50 * kills
+    assert start(tmp_path / "straight", steps).wait(timeout=240) == 0
+    folder = tmp_path / "killed" / "quick-learned-s0"
     for _ in range(kills):
-        before = torch.load(folder / "checkpoint.pt", weights_only=True)["step"] if folder.exists() else 0
+        before = checkpoint_step(folder)
         process = start(tmp_path / "killed", steps, "--resume")
-        wait_for_step(folder, before + 1, process)
-        time.sleep(moment.uniform(0, 0.5 if kills <= 5 else 0.1))
+        while checkpoint_step(folder) <= max(before, 0) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.3))
         process.kill()
-        process.wait()
-        for name in ("checkpoint.pt", "teacher.pt"):
-            assert torch.load(folder / name, weights_only=True)["step"] >= before
+        assert process.wait() == -signal.SIGKILL, process.communicate()
+        assert before < checkpoint_step(folder) < steps
+        assert gtn.read_teacher(folder / "teacher.pt")[1]["step"] >= checkpoint_step(folder)
         gtn.read_log(folder / "log.jsonl")
         json.loads((folder / "config.json").read_text())
-    assert start(tmp_path / "killed", steps, "--resume").wait(timeout=120) == 0
+    assert start(tmp_path / "killed", steps, "--resume").wait(timeout=240) == 0
     assert comparable(folder) == comparable(tmp_path / "straight" / "quick-learned-s0")
 
 
