@@ -27,7 +27,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import resource
 import shlex
@@ -42,7 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CLASSES = 10  # of every data set below
@@ -82,6 +82,7 @@ def are_filters(blocks):
 
 # what is valid: a test, and the same in words
 COUNT = (lambda x: 1 <= x < 2**31, "a whole number from 1 to 2**31 - 1")
+BATCH = (lambda x: 2 <= x < 2**31, "a whole number from 2 to 2**31 - 1")  # batch normalisation needs two
 SEED = (lambda x: 0 <= x < 2**31, "a whole number from 0 to 2**31 - 1")
 POSITIVE = (lambda x: 0 < x < 1e9, "a number above 0 and below 1e9")
 NOT_NEGATIVE = (lambda x: 0 <= x < 1e9, "a number from 0 to below 1e9")
@@ -113,7 +114,7 @@ class Config:
     dataset: str = setting("mnist", "glyphs: embedded; the others: torchvision", DATASET)
     # curriculum
     inner_steps: int = setting(20, "T; earlier run: A 20, B and C 10; paper: 32", COUNT)
-    batch_size: int = setting(32, "B, images per inner step; earlier run: 32, C 16; paper: 128", COUNT)
+    batch_size: int = setting(32, "B, images per inner step; earlier run: 32, C 16; paper: 128", BATCH)
     # teacher
     latent_size: int = setting(64, "numbers per image; earlier run: 64; paper: 128", COUNT)
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024", COUNT)
@@ -137,6 +138,9 @@ class Config:
     outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1; 1: constant", NOT_NEGATIVE)
     outer_beta1: float = setting(0.5, "ours: 0.5, better after 25 and 50 outer steps; paper: 0.9", BETA)
     outer_beta2: float = setting(0.999, "Adam's default", BETA)
+    learners_per_step: int = setting(1, "fresh learners averaged per outer step, by each rank of torchrun", COUNT)
+    cuda_graph: bool = setting(True, "CUDA: replay a learner's meta-gradient as one graph; not if filters are sampled",
+                               SWITCH)  # fmt: skip
     # bookkeeping
     validate_every: int = setting(25, "outer steps", COUNT)
     validation_learners: int = setting(2, "fresh learners per validation", COUNT)
@@ -187,6 +191,15 @@ def make_config(name="quick", settings=(), **flags):
 
 
 # -------------------------------------------------------------------------------------------- data
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Inside, random numbers depend on the key (whole numbers) alone; outside, their stream is undisturbed."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
 
 
 class Split(NamedTuple):
@@ -330,13 +343,13 @@ class Curriculum(NamedTuple):
 
 
 def make_generator(config, image_shape):
-    """Latent input and one-hot label [N, latent + 10] to an image [N, C, H, W] (paper, section 3.1 and appendix).
+    """Latent input and one-hot label [B, latent + 10] to images [B, C, H, W] (paper, section 3.1 and appendix).
 
     Starts at a quarter of the image size; transposed convolutions double it twice.
     """
     channels, height, width = image_shape
     wide, narrow = config.generator_filters, max(1, config.generator_filters // 2)
-    norm = {"track_running_stats": False}  # the statistics of the whole curriculum: a function of phi alone
+    norm = {"track_running_stats": False}  # the statistics of the inner step's batch: a function of phi alone
     return nn.Sequential(
         nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
         nn.BatchNorm1d(config.hidden_size, **norm),
@@ -390,8 +403,9 @@ class Teacher(nn.Module):
         else:
             latent = self.latent
         inputs = torch.cat([latent, F.one_hot(self.labels, CLASSES).to(latent)], 2)
-        images = self.config.image_scale * self.generator(inputs.flatten(0, 1))
-        return Curriculum(images.unflatten(0, (T, B)), self.labels, lr, momentum)
+        # the graph of one inner step's images at a time: checkpoint makes it again when the gradient arrives
+        images = [checkpoint(self.generator, x, use_reentrant=False, preserve_rng_state=False) for x in inputs]
+        return Curriculum(self.config.image_scale * torch.stack(images), self.labels, lr, momentum)
 
 
 # ----------------------------------------------------------------------------------------- learner
@@ -596,42 +610,89 @@ def meta_batches(data, config):
     return [None if (T - t) % every else sample(data.train, config.meta_batch_size) for t in range(1, T + 1)]
 
 
-def outer_step(teacher, optimizer, data, step):
-    """One step on phi with a fresh learner; returns (meta-loss, norm of the gradient in phi) as numbers.
-
-    Leaves phi as it was where either is not finite.
-    """
+def teach(teacher, data):
+    """Train one fresh learner and add its meta-gradient in phi to the .grad of phi; returns the meta-loss."""
     config, image_shape = teacher.config, data.train.images.shape[1:]
-    progress = (1 - math.cos(math.pi * step / config.outer_steps)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = config.outer_lr * (1 + (config.outer_lr_end - 1) * progress)
     architecture = sample_architecture(config)
     theta = init_learner(architecture, image_shape, data.mean.device, data.mean.dtype)
     curriculum = teacher(data)
     meta_loss, *gradients = meta_gradient(theta, curriculum, architecture, meta_batches(data, config), config.segment)
     outputs = zip((curriculum.images, curriculum.lr, curriculum.momentum), gradients, strict=True)
     outputs, gradients = zip(*[(x, g) for x, g in outputs if x.requires_grad], strict=True)  # `real` has no images
-    optimizer.zero_grad()
     torch.autograd.backward(outputs, gradients)
-    norm = nn.utils.get_total_norm([p.grad for p in teacher.parameters()])
-    meta_loss, norm = torch.stack([meta_loss, norm]).tolist()
-    if math.isfinite(meta_loss) and math.isfinite(norm):
-        optimizer.step()
-    return meta_loss, norm
+    return meta_loss
+
+
+def replayed(function, *arguments, warm_up=3):
+    """function(*arguments) as a function without arguments that, after `warm_up` ordinary calls, replays a CUDA graph.
+
+    Thousands of small kernels are then launched as one. Every call must do the same with tensors at the same
+    addresses; random numbers are drawn anew. Returns a tensor, as `function` must.
+    """
+    graph, side, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+
+    def call():
+        nonlocal calls, result
+        calls += 1
+        if calls <= warm_up:  # off the default stream, as capture asks
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                value = function(*arguments)
+            torch.cuda.current_stream().wait_stream(side)
+            return value
+        if result is None:
+            with torch.cuda.graph(graph):  # records, computes nothing
+                result = function(*arguments)
+        graph.replay()
+        return result.clone()
+
+    return call
+
+
+def rank_and_world():
+    """(number of this process, number of processes) of torchrun; (0, 1) without it."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def average(tensors, learners):
+    """Replace sums over `learners` fresh learners of each rank by their mean over all ranks, in place."""
+    world = rank_and_world()[1]
+    if world > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        distributed.all_reduce(flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(total.view_as(x))
+    if learners * world > 1:
+        for x in tensors:
+            x /= learners * world
+
+
+def outer_step(teacher, optimizer, data, step, learn=None):
+    """One step on phi along the mean meta-gradient of fresh learners: a tensor [3], meta-loss, gradient norm
+    and the largest inner learning rate before the step.
+
+    Its random numbers depend on the config's seed, the step and the learner's number alone, so that neither a stop
+    nor the division of the learners among ranks changes them. Waits for no CUDA device. learn: `teach`, replayed.
+    """
+    config, (rank, _) = teacher.config, rank_and_world()
+    progress = (1 - math.cos(math.pi * step / config.outer_steps)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = config.outer_lr * (1 + (config.outer_lr_end - 1) * progress)
+    optimizer.zero_grad(set_to_none=False)  # a graph adds to the same addresses
+    meta_loss, learners = data.mean.new_zeros(()), config.learners_per_step
+    for k in range(rank * learners, (rank + 1) * learners):
+        with seeded(config.seed, 3, step, k):
+            meta_loss += learn() if learn else teach(teacher, data)
+    gradients = [p.grad for p in teacher.parameters()]
+    average([meta_loss, *gradients], learners)
+    rate = teacher.log_lr.detach().exp().amax()
+    optimizer.step()
+    return torch.stack([meta_loss, nn.utils.get_total_norm(gradients), rate])
 
 
 # -------------------------------------------------------------------------------------- evaluation
 
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
-
-
-@contextlib.contextmanager
-def seeded(*key):
-    """Inside, random numbers depend on the key (whole numbers) alone; outside, their stream is undisturbed."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        yield
 
 
 def fresh_learner(teacher, data, k, order="in order", change=None):
@@ -782,6 +843,7 @@ def environment(device):
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
+        "ranks": rank_and_world()[1],
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or None,
     }
@@ -797,23 +859,37 @@ def peak_memory():
 # ---------------------------------------------------------------------------------------- training
 
 
+def published(teacher, data):
+    """The Curriculum that teacher.pt and the snapshots show; of `random` and `real` one draw, the same every time."""
+    with torch.no_grad(), seeded(teacher.config.seed, 2):
+        return teacher(data)
+
+
 def save(folder, teacher, optimizer, data, step, seconds):
     """Write teacher.pt, then checkpoint.pt."""
     config = dataclasses.asdict(teacher.config)
-    with torch.no_grad(), seeded(teacher.config.seed, 2):
-        curriculum = {key: x.cpu().clone() for key, x in teacher(data)._asdict().items()}
+    curriculum = {key: x.cpu().clone() for key, x in published(teacher, data)._asdict().items()}
     state = {key: x.cpu() for key, x in teacher.state_dict().items()}
     write_tensors(folder / "teacher.pt", config=config, step=step, teacher=state, curriculum=curriculum,
                   mean=data.mean.cpu(), std=data.std.cpu())  # fmt: skip
-    kind, key, *rest = np.random.get_state()
-    generators = {"python": random.getstate(), "numpy": (kind, key.tolist(), *rest), "torch": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}  # fmt: skip
     write_tensors(folder / "checkpoint.pt", config=config, step=step, seconds=seconds, teacher=state,
-                  optimizer=optimizer.state_dict(), generators=generators)  # fmt: skip
+                  optimizer=optimizer.state_dict())  # fmt: skip
+
+
+def is_snapshot(step):
+    """Whether the images are kept after this outer step: four times for each doubling."""
+    return step < 2 or int(4 * math.log2(step)) > int(4 * math.log2(step - 1))
+
+
+def save_snapshot(folder, teacher, data, step):
+    """Keep up to 40 images of the last inner step in snapshots/<step>.pt, if it is time."""
+    if is_snapshot(step):
+        images = published(teacher, data).images[-1, :40]
+        write_tensors(folder / "snapshots" / f"{step:06d}.pt", step=step, images=images.half().cpu())
 
 
 def restore(path, teacher, optimizer):
-    """Continue from a checkpoint.pt: teacher, Adam and every random stream; returns (step, seconds so far)."""
+    """Continue from a checkpoint.pt: teacher and Adam; returns (step, seconds so far)."""
     content = read_tensors(path)
     with reading(path):
         teacher.load_state_dict(content["teacher"])
@@ -821,12 +897,6 @@ def restore(path, teacher, optimizer):
         for p, state in optimizer.state.items():  # which load_state_dict does not check
             if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                 raise ValueError("Adam's state is of another shape")
-        generators = content["generators"]
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
-        if torch.cuda.is_initialized() and generators["cuda"] is not None:
-            torch.cuda.set_rng_state(generators["cuda"])
         return int(content["step"]), float(content["seconds"])
 
 
@@ -846,25 +916,37 @@ def check_folder(folder, config, resume):
 
 
 def begin(config, data, folder, resume):
-    """A new run or, if `resume` finds one in the folder, an old one: (teacher, optimizer, step, seconds so far)."""
-    found, image_shape = check_folder(folder, config, resume), data.train.images.shape[1:]
-    parameter_shapes(sample_architecture(config), image_shape)  # an InputError before anything is written
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(config.seed)
-    teacher = Teacher(config, image_shape).to(data.mean.device)
+    """A new run or, if `resume` finds one in the folder, an old one: (teacher, optimizer, step, seconds so far).
+
+    Rank 0 alone reads and writes; the other ranks receive what it has.
+    """
+    image_shape, (rank, world), step, seconds = data.train.images.shape[1:], rank_and_world(), 0, 0.0
+    with seeded(config.seed, 0):
+        parameter_shapes(sample_architecture(config), image_shape)  # an InputError before anything is written
+        teacher = Teacher(config, image_shape).to(data.mean.device)
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
-    origin = {"config": dataclasses.asdict(config), "environment": environment(data.mean.device)}
-    step, seconds, lines = 0, 0.0, []
-    if found:
-        step, seconds = restore(folder / "checkpoint.pt", teacher, optimizer)
-        # what came after the checkpoint will come again: validation n, too, follows checkpoint n
-        lines = [x for x in read_log(folder / "log.jsonl") if x["step"] + (x["event"] == "validation") <= step]
-    else:
-        write_json(folder / "config.json", origin)
-    lines.append({"event": "resume" if found else "start", "step": step, **origin})
-    write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    if not found:
-        save(folder, teacher, optimizer, data, step, seconds)
+    if rank == 0:
+        found, lines = check_folder(folder, config, resume), []
+        origin = {"config": dataclasses.asdict(config), "environment": environment(data.mean.device)}
+        if found:
+            step, seconds = restore(folder / "checkpoint.pt", teacher, optimizer)
+            # what came after the checkpoint will come again: validation n, too, follows checkpoint n
+            lines = [x for x in read_log(folder / "log.jsonl") if x["step"] + (x["event"] == "validation") <= step]
+        else:
+            write_json(folder / "config.json", origin)
+        size = {"learners": world * config.learners_per_step}
+        size["meta_batch"] = size["learners"] * config.meta_batch_size
+        lines.append({"event": "resume" if found else "start", "step": step, **size, **origin})
+        write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        if not found:
+            save(folder, teacher, optimizer, data, step, seconds)
+            save_snapshot(folder, teacher, data, step)
+    if world > 1:
+        state = [step, teacher.state_dict(), optimizer.state_dict()]
+        distributed.broadcast_object_list(state, device=data.mean.device)
+        step, teacher_state, optimizer_state = state
+        teacher.load_state_dict(teacher_state)
+        optimizer.load_state_dict(optimizer_state)
     return teacher, optimizer, step, seconds
 
 
@@ -889,52 +971,71 @@ def signals_noted():
             signal.signal(number, handler)
 
 
+def any_rank(yes, device):
+    """Whether `yes` holds on any rank, so that all of them stop after the same outer step."""
+    flag = torch.tensor(float(yes), device=device)
+    if rank_and_world()[1] > 1:
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def train(config, data, folder, resume=False, stop_after=None, max_minutes=None):
     """Meta-train to the end of the schedule, or stop early with a checkpoint: after `stop_after` outer steps in
     all, after `max_minutes` of this call, or on Ctrl-C. Returns the exit status.
 
     Raises InputError where meta-loss or meta-gradient is not finite; the last good files stay.
     """
-    log_path, begun = folder / "log.jsonl", time.monotonic()
+    log_path, begun, rank, device = folder / "log.jsonl", time.monotonic(), rank_and_world()[0], data.mean.device
     if resume and log_path.exists() and (lines := read_log(log_path)) and lines[-1]["event"] == "end":
-        return report(folder, **lines[-1])
+        return 0 if rank else report(folder, **lines[-1])
     teacher, optimizer, step, seconds = begin(config, data, folder, resume)
-    started, saved, saved_step, shown = time.monotonic() - seconds, time.monotonic(), step, {}
+    started, saved, shown = time.monotonic() - seconds, time.monotonic(), {}
     last_step = min(config.outer_steps, stop_after or config.outer_steps)
+    fixed = not any(isinstance(filters, tuple) for filters in config.filters)
+    learn = replayed(teach, teacher, data) if device.type == "cuda" and fixed and config.cuda_graph else None
+    unread, read_every = [], 10 if device.type == "cuda" else 1  # reading waits for the device
 
-    def log(event, **fields):
+    def log(event, step, **fields):
         line = {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
-        append_log(log_path, line)
+        if rank == 0:
+            append_log(log_path, line)
         return line
 
-    bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step")
+    bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step", disable=rank > 0)
     with bar, signals_noted() as signals:
-        late = False
-        while step < last_step and not signals and not late:
-            if step % config.validate_every == 0:
-                shown["validation"] = f"{log('validation', **validate(teacher, data))['accuracy']['mean']:.3f}"
-            meta_loss, norm = outer_step(teacher, optimizer, data, step)
-            if not math.isfinite(meta_loss + norm):
-                rate, good = teacher.log_lr.exp().max(), folder / "teacher.pt"
-                raise InputError(f"meta-loss {meta_loss}, gradient norm {norm} at outer step {step}, inner learning "
-                                 f"rate {rate:.4g}: stopped; {good} is the last good teacher")  # fmt: skip
+        stop = False
+        while step < last_step and not stop:
+            if rank == 0 and step % config.validate_every == 0:
+                accuracy = log("validation", step, **validate(teacher, data))["accuracy"]
+                shown["validation"] = f"{accuracy['mean']:.3f}"
+            unread.append(outer_step(teacher, optimizer, data, step, learn))
             step += 1
-            log("step", meta_loss=meta_loss, gradient_norm=norm)
-            bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **shown, refresh=False)
             bar.update()
+            if rank == 0:
+                save_snapshot(folder, teacher, data, step)
+            if len(unread) < read_every and step < last_step and step % config.validate_every:
+                continue
+            for n, (meta_loss, norm, rate) in enumerate(torch.stack(unread).tolist(), step - len(unread)):
+                if not math.isfinite(meta_loss + norm):
+                    raise InputError(f"meta-loss {meta_loss}, gradient norm {norm} at outer step {n}, inner learning "
+                                     f"rate {rate:.4g}: stopped; {folder / 'teacher.pt'} is the last good teacher")  # fmt: skip
+                log("step", n + 1, meta_loss=meta_loss, gradient_norm=norm)
+            unread.clear()
+            bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **shown, refresh=False)
             late = max_minutes is not None and time.monotonic() - begun >= 60 * max_minutes
-            if time.monotonic() - saved >= config.checkpoint_every:
+            stop = any_rank(bool(signals) or late, device)
+            if rank == 0 and (stop or step == last_step or time.monotonic() - saved >= config.checkpoint_every):
                 save(folder, teacher, optimizer, data, step, time.monotonic() - started)
-                saved, saved_step = time.monotonic(), step
-        if step > saved_step:
-            save(folder, teacher, optimizer, data, step, time.monotonic() - started)
+                saved = time.monotonic()
+    if rank > 0:
+        return 0
     if step < config.outer_steps or signals:
         command = re.sub(r" --(resume|stop-after[ =]\d+)(?= |$)", "", shlex.join(["python", *sys.argv]))
         print(f"stopped after {step} of {config.outer_steps} outer steps; continue with\n  {command} --resume")
         return 128 + signals[0] if signals else 0
-    log("validation", **validate(teacher, data))
+    log("validation", step, **validate(teacher, data))
     test = {order: summary(evaluate(teacher, data, data.test, config.test_learners, order)) for order in ORDERS}
-    return report(folder, **log("end", test=test, peak_memory=peak_memory()))
+    return report(folder, **log("end", step, test=test, peak_memory=peak_memory()))
 
 
 def spread(figures):
@@ -1060,7 +1161,27 @@ def choose_device(name):
         raise InputError(f"--device {name}: must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun
+    if number >= torch.cuda.device_count():
+        raise InputError(f"rank {number} has no CUDA device: at most --nproc-per-node {torch.cuda.device_count()} here")
+    torch.cuda.set_device(number)
+    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions do anyway
+    return torch.device("cuda", number)
+
+
+@contextlib.contextmanager
+def ranks_joined(device):
+    """Inside, the processes that torchrun started work together; yields this one's number (0 without torchrun)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield 0
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
 
 
 def keep_freed_memory():
@@ -1080,9 +1201,12 @@ def main(arguments=None):
             return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
-        check_folder(folder, config, args.resume)  # before the data, for a quick answer
-        data = load_data(config.dataset, args.data, choose_device(args.device))
-        return train(config, data, folder, args.resume, args.stop_after, args.max_minutes)
+        device = choose_device(args.device)
+        with ranks_joined(device) as rank:
+            if rank == 0:
+                check_folder(folder, config, args.resume)  # before the data, for a quick answer
+            data = load_data(config.dataset, args.data, device)
+            return train(config, data, folder, args.resume, args.stop_after, args.max_minutes)
     except InputError as error:
         print(f"gtn.py: error: {error}", file=sys.stderr)
         return 2

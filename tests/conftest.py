@@ -23,26 +23,27 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the test of kill -9 kills a run")
 
 
+def tiny(normalization="instance", **changes):
+    """(teacher, data, theta, architecture, real), all float64, 8x8 images."""
+    torch.manual_seed(0)
+    settings = {
+        "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
+        "filters": (2, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
+    }  # fmt: skip
+    config = gtn.Config(**settings | changes, normalization=normalization)
+    splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
+    one = torch.ones(1, dtype=torch.float64)
+    data = gtn.Data(*splits, 0 * one, one)
+    teacher = gtn.Teacher(config, (1, 8, 8)).double()
+    architecture = gtn.sample_architecture(config)
+    theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
+    return teacher, data, theta, architecture, gtn.meta_batches(data, config)
+
+
 @pytest.fixture
 def tiny_problem():
     """A function (normalization, **changes) -> (teacher, data, theta, architecture, real), all float64, 8x8 images."""
-
-    def make(normalization="instance", **changes):
-        torch.manual_seed(0)
-        settings = {
-            "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
-            "filters": (2, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
-        }  # fmt: skip
-        config = gtn.Config(**settings | changes, normalization=normalization)
-        splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
-        one = torch.ones(1, dtype=torch.float64)
-        data = gtn.Data(*splits, 0 * one, one)
-        teacher = gtn.Teacher(config, (1, 8, 8)).double()
-        architecture = gtn.sample_architecture(config)
-        theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
-        return teacher, data, theta, architecture, gtn.meta_batches(data, config)
-
-    return make
+    return tiny
 
 
 @pytest.fixture
@@ -72,10 +73,11 @@ def run_gtn(tmp_path, capsys, small_glyphs):
 
 
 def shell(*arguments, script="gtn.py", **options):
-    """The real command line: subprocess.run of `python gtn.py ...`."""
+    """The real command line: subprocess.run of `python gtn.py ...`, or of `python` and the words of a list."""
+    words = script if isinstance(script, list) else [ROOT / script]
     environment = os.environ | {"PYTHONPATH": ""}
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *map(str, words), *map(str, arguments)],
         capture_output=True, text=True, env=environment, timeout=300, **options,
     )  # fmt: skip
 

@@ -34,7 +34,13 @@ def test_a_run_end_to_end(tmp_path):
         assert text in result.stdout
     assert "meta_loss=" in result.stderr
     assert "validation=" in result.stderr
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "log.jsonl", "teacher.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "log.jsonl",
+        "snapshots",
+        "teacher.pt",
+    ]
 
     lines = read(folder / "log.jsonl")
     events = ["start", "validation", "step", "step", "validation", "step", "validation", "end"]
@@ -135,7 +141,8 @@ def test_configs_hold_differences_alone():
     shapes = {name: (c.dataset, c.inner_steps, c.batch_size) for name in configs for c in [gtn.make_config(name)]}
     assert shapes.pop("quick")[0] == "glyphs"
     assert shapes == {
-        "A": ("mnist", 20, 32), "B": ("mnist", 10, 32), "C": ("mnist", 10, 16), "paper": ("mnist", 32, 128)
+        "A": ("mnist", 20, 32), "B": ("mnist", 10, 32), "C": ("mnist", 10, 16), "nas": ("mnist", 20, 32),
+        "paper": ("mnist", 32, 128),
     }  # fmt: skip
     assert gtn.make_config("A").filters == (64, 128)
     assert gtn.make_config("paper").filters == ((32, 63), (64, 127))
@@ -148,8 +155,8 @@ REFUSED = [
     (["--set", "inner_steps=many"], 'inner_steps="many": must be a whole number from 1'),
     (["--set", "inner_steps"], "must be KEY=VALUE"),
     (["--set", "inner_steps=0"], "inner_steps=0: must be a whole number from 1"),
-    (["--set", "batch_size=0"], "batch_size=0: must be a whole number from 1"),
-    (["--set", "batch_size=2.5"], "batch_size=2.5: must be a whole number from 1"),
+    (["--set", "batch_size=0"], "batch_size=0: must be a whole number from 2"),
+    (["--set", "batch_size=2.5"], "batch_size=2.5: must be a whole number from 2"),
     (["--set", "filters=[0,4]"], "filters=[0, 4]: must be a list"),
     (["--set", "filters=[]"], "filters=[]: must be a list"),
     (["--set", "filters=[[5,4]]"], "a list with a number"),

@@ -24,12 +24,17 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*.*")}
+
+
 def comparable(folder):
-    """What two runs must share bit for bit: the log without its times, the teacher's tensors."""
+    """What two runs must share bit for bit: the log without its times, the teacher's tensors, the snapshots."""
     lines = [line for line in read(folder / "log.jsonl") if line["event"] in ("step", "validation", "end")]
     lines = [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory")} for line in lines]
     content = torch.load(folder / "teacher.pt", weights_only=True)
-    tensors = {**content["teacher"], **content["curriculum"]}
+    snapshots = {p.name: torch.load(p, weights_only=True)["images"] for p in folder.glob("snapshots/*.pt")}
+    tensors = {**content["teacher"], **content["curriculum"], **snapshots}
     return lines, {key: x.numpy().tobytes() for key, x in tensors.items()}
 
 
@@ -53,6 +58,37 @@ def test_stopped_and_resumed_equals_straight(tmp_path, variant):
     assert events.count("start") == events.count("resume") == 1
 
 
+def test_torchrun(tmp_path):
+    """Two processes, stopped and resumed: rank 0's files, and the losses of one process with two learners."""
+    settings = ["--config", "quick", "--device", "cpu", "--outer-steps", 4, "--set", *TINY, "test_learners=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "gtn.py"]
+    for more in (["--stop-after", 2], ["--resume"]):
+        result = shell(*settings, "--runs", tmp_path / "two", *more, script=torchrun)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.count("test accuracy, in order") == 1
+    assert shell(*settings, "learners_per_step=2", "--runs", tmp_path / "one").returncode == 0
+    two, one = (read(tmp_path / name / "quick-learned-s0" / "log.jsonl") for name in ("two", "one"))
+    assert [line["event"] for line in two].count("resume") == 1
+    assert {(line["learners"], line["meta_batch"]) for line in (two[0], one[0])} == {(2, 32)}
+    assert (two[0]["environment"]["ranks"], one[0]["environment"]["ranks"]) == (2, 1)
+    losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_snapshots_of_the_last_inner_step(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "9")[0] == 0
+    folder = tmp_path / "runs" / "quick-learned-s0"
+    steps = [gtn.read_tensors(path)["step"] for path in sorted(folder.glob("snapshots/*.pt"))]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    last = gtn.read_tensors(folder / "snapshots" / "000008.pt")["images"]
+    assert last.shape == (10, 1, 28, 28)
+    final = gtn.read_teacher(folder / "teacher.pt")[1]["curriculum"].images[-1]
+    assert 0 < (last - final).abs().mean() < 0.1  # one outer step apart
+    assert [s for s in range(9, 5001) if gtn.is_snapshot(s)][:6] == [10, 12, 14, 16, 20, 23]
+    assert sum(map(gtn.is_snapshot, range(5001))) < 60
+
+
 def test_max_minutes_stops_with_a_checkpoint(run_gtn, tmp_path):
     status, output, _ = run_gtn("--outer-steps", "3", "--max-minutes", "0")
     assert status == 0
@@ -73,7 +109,7 @@ def test_resume_starts_what_is_not_there_and_reports_what_is_done(run_gtn, tmp_p
 def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
     assert run_gtn("--outer-steps", "2")[0] == 0
     folder = tmp_path / "runs" / "quick-learned-s0"
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = contents(folder)
     status, _, error = run_gtn("--outer-steps", "2")
     assert status == 2
     assert "--resume" in error
@@ -81,7 +117,7 @@ def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
     status, _, error = run_gtn("--outer-steps", "3", "--resume")
     assert status == 2
     assert "outer_steps=2, now 3" in error
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert contents(folder) == before
 
 
 def start(tmp_path, steps, *more):
@@ -187,12 +223,12 @@ def test_damaged_files_are_refused_in_one_line(run_gtn, tmp_path):
         for what, content in damages(good, tmp_path):
             (folder / name).write_bytes(content)
             (tmp_path / "executed").unlink(missing_ok=True)
-            others = {p.name: p.read_bytes() for p in folder.iterdir()}
+            others = contents(folder)
             status, _, error = run_gtn(*command)
             assert (status, error.count("\n")) == (2, 1), (name, what, error)
             assert name in error
             assert not (tmp_path / "executed").exists(), what
-            assert {p.name: p.read_bytes() for p in folder.iterdir()} == others, what
+            assert contents(folder) == others, what
             seen += 1
         assert seen == (19 if name == "checkpoint.pt" else 18)
         (folder / name).write_bytes(good)
@@ -259,10 +295,10 @@ def test_a_read_only_folder(run_gtn, tmp_path):
 def test_ctrl_c_in_the_last_outer_step(run_gtn, tmp_path, monkeypatch):
     original = gtn.outer_step
 
-    def interrupted(teacher, optimizer, data, step):
+    def interrupted(teacher, optimizer, data, step, learn):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(teacher, optimizer, data, step)
+        return original(teacher, optimizer, data, step, learn)
 
     with monkeypatch.context() as patch:
         patch.setattr(gtn, "outer_step", interrupted)

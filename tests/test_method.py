@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny
 from torch import nn
 
 import gtn
@@ -228,19 +229,82 @@ def test_every_variant_takes_outer_steps(tiny_problem):
         optimizer = torch.optim.Adam(teacher.parameters())
         before = {name: p.clone() for name, p in teacher.named_parameters()}
         for step in range(2):
-            meta_loss, norm = gtn.outer_step(teacher, optimizer, data, step)
+            meta_loss, norm, _ = gtn.outer_step(teacher, optimizer, data, step)
             assert 0 < meta_loss < 20
             assert norm > 0
         assert all((p != before[name]).any() for name, p in teacher.named_parameters()), variant
 
 
-def test_phi_stays_where_the_meta_loss_is_not_finite(tiny_problem):
-    teacher, data, *_ = tiny_problem()
-    data.train.images.fill_(torch.nan)
-    before = {name: p.clone() for name, p in teacher.named_parameters()}
-    meta_loss, _ = gtn.outer_step(teacher, torch.optim.Adam(teacher.parameters()), data, 0)
-    assert meta_loss != meta_loss
-    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+def steps_of_a_rank(rank, world, learners, steps, folder):
+    """Outer steps in this process, one of `world`; the teacher's parameters and the losses end in a file."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    teacher, data, *_ = tiny(learners_per_step=learners, filters=((2, 4), (3, 5)), variant="random")
+    optimizer = torch.optim.Adam(teacher.parameters())
+    losses = torch.stack([gtn.outer_step(teacher, optimizer, data, step) for step in range(steps)])
+    torch.save([losses, *(p.detach() for p in teacher.parameters())], folder / f"{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_process_with_two_learners(tmp_path):
+    """Own learners, architectures, latent inputs and real batches on each rank; the same phi on both and on one."""
+    arguments = (2, 2, 3, tmp_path)
+    torch.multiprocessing.spawn(steps_of_a_rank, arguments, nprocs=2)
+    steps_of_a_rank(0, 1, 4, 3, tmp_path)
+    one, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for rank in ranks:
+        for x, y in zip(rank, one, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_learners_of_an_outer_step_are_averaged(tiny_problem):
+    """The gradient of two learners per step is the mean of the two learners' own."""
+    teacher, data, *_ = tiny_problem(learners_per_step=2, outer_lr=1e-30)  # phi stays
+    optimizer = torch.optim.SGD(teacher.parameters())
+    meta_loss, *_ = gtn.outer_step(teacher, optimizer, data, 5)
+    both = [p.grad.clone() for p in teacher.parameters()]
+    losses, singles = [], []
+    for k in range(2):
+        optimizer.zero_grad()
+        with gtn.seeded(teacher.config.seed, 3, 5, k):
+            losses.append(gtn.teach(teacher, data))
+        singles.append([p.grad.clone() for p in teacher.parameters()])
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(meta_loss, sum(losses) / 2)
+    for mean, *each in zip(both, *singles, strict=True):
+        torch.testing.assert_close(mean, sum(each) / 2)
+
+
+def test_an_outer_step_draws_by_seed_and_step_alone(tiny_problem):
+    teacher, data, *_ = tiny_problem(outer_lr=1e-30)  # phi stays
+    optimizer = torch.optim.SGD(teacher.parameters())
+    first = gtn.outer_step(teacher, optimizer, data, 3)
+    stream = torch.get_rng_state()
+    torch.randn(5)
+    assert gtn.outer_step(teacher, optimizer, data, 4)[0] != first[0]
+    assert torch.equal(gtn.outer_step(teacher, optimizer, data, 3), first)
+    torch.set_rng_state(stream)
+    expected = torch.randn(5)
+    torch.set_rng_state(stream)
+    gtn.outer_step(teacher, optimizer, data, 3)
+    assert torch.equal(torch.randn(5), expected)  # and leaves everybody else's numbers alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", ["learned", "random"])
+def test_a_replayed_graph_is_the_ordinary_step(tiny_problem, variant):
+    phi = []
+    for replay in (False, True):
+        teacher, data, *_ = tiny_problem(variant=variant)
+        teacher = teacher.cuda()
+        data = gtn.Data(*(gtn.Split(*(x.cuda() for x in split)) for split in data[:3]), *(x.cuda() for x in data[3:]))
+        optimizer = torch.optim.Adam(teacher.parameters())
+        learn = gtn.replayed(gtn.teach, teacher, data) if replay else None
+        losses = [gtn.outer_step(teacher, optimizer, data, step, learn) for step in range(8)]
+        phi.append([torch.stack(losses), *teacher.parameters()])
+    for ordinary, replayed in zip(*phi, strict=True):
+        torch.testing.assert_close(replayed, ordinary, rtol=1e-8, atol=1e-10)
 
 
 def test_an_unroll_without_graph_keeps_none(tiny_problem):
