@@ -1017,8 +1017,9 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
                 continue
             for n, (meta_loss, norm, rate) in enumerate(torch.stack(unread).tolist(), step - len(unread)):
                 if not math.isfinite(meta_loss + norm):
-                    raise InputError(f"meta-loss {meta_loss}, gradient norm {norm} at outer step {n}, inner learning "
-                                     f"rate {rate:.4g}: stopped; {folder / 'teacher.pt'} is the last good teacher")  # fmt: skip
+                    where, good = f"at outer step {n}, inner learning rate {rate:.4g}", folder / "teacher.pt"
+                    raise InputError(f"meta-loss {meta_loss}, gradient norm {norm} {where}: stopped; {good} is the "
+                                     "last good teacher")  # fmt: skip
                 log("step", n + 1, meta_loss=meta_loss, gradient_norm=norm)
             unread.clear()
             bar.set_postfix(meta_loss=f"{meta_loss:.3f}", **shown, refresh=False)
