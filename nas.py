@@ -65,11 +65,14 @@ def sample_architectures(space, count, normalization, image_shape, *seed):
     if size < count:
         raise InputError(f"--architectures {count}: --space {space} has only {size} for images of {[*image_shape]}")
     generator, found = np.random.default_rng(seed), {}  # a dict: distinct, in order
+
+    def pick(options):
+        return options[generator.integers(len(options))]
+
     while len(found) < count:
-        ranges = possible[generator.integers(len(possible))]
-        filters = tuple(int(generator.integers(low, high + 1)) for low, high in ranges)
-        sizes = tuple(int(generator.choice(kernels)) for _ in ranges)
-        found[Architecture(filters, sizes, str(generator.choice(poolings)), normalization)] = None
+        ranges = pick(possible)
+        filters, sizes = (tuple(map(pick, x)) for x in ([range(a, b + 1) for a, b in ranges], [kernels] * len(ranges)))
+        found[Architecture(filters, sizes, pick(poolings), normalization)] = None
     return list(found)
 
 
