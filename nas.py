@@ -242,6 +242,7 @@ def correlations(methods, repeats, seed, resamples=1000):
 
 IDENTITY = ("filters", "kernels", "pooling", "normalization")
 MEASURED = ("parameters", "multiply_adds", "teacher", "control", "truth", "seconds")
+ALIKE = ("dataset", "inner_steps", "batch_size", "normalization")  # of a teacher and its control
 
 
 def read_source(path, device):
@@ -275,19 +276,20 @@ def read_done(folder, repeats):
         return {Architecture(*(tuple(x[f]) if type(x[f]) is list else x[f] for f in IDENTITY)): x for x in lines}
 
 
-def check_folder(folder, settings, resume):
+def check_folder(folder, origin, resume):
     """The `control` of search.json, or None; InputError for another search's folder, or this one's without resume."""
     path = folder / "search.json"
     if not path.exists():
-        if read_done(folder, settings["truth"]["repeats"]):
+        if read_done(folder, origin["truth"]["repeats"]):
             raise InputError(f"{folder} holds a nas.jsonl, but no search.json: choose another --out")
         return None
     with gtn.reading(path):
-        content = json.loads(path.read_text())
-        other = [f"{k}={content['settings'][k]}, now {x}" for k, x in settings.items() if content["settings"][k] != x]
-        control = {k: content["control"][k] for k in ("lr", "momentum", "grid")}
-    if other:
-        raise InputError(f"{folder} holds a search with {'; '.join(other)}: choose another --out")
+        theirs = json.loads(path.read_text())
+        control = {key: theirs["control"][key] for key in ("lr", "momentum", "grid")}
+        settings = [key for key in ("seed", "space", "truth", "sha256") if theirs[key] != origin[key]]
+    if settings:
+        other = "; ".join(f"{key}={theirs[key]}, now {origin[key]}" for key in settings)
+        raise InputError(f"{folder} holds a search with {other}: choose another --out")
     if not resume:
         raise InputError(f"{folder} holds this search: continue it with --resume, or choose another --out")
     return control
@@ -295,20 +297,22 @@ def check_folder(folder, settings, resume):
 
 def begin(args, rank):
     """What is settled before the first architecture is trained: folder, data, {"teacher", "control"}: sources, the
-    architectures, and nas.json's fields on where it comes from. Rank 0 makes or mends the folder and tunes the
-    control; the others read it afterwards. Raises InputError where something does not fit."""
+    architectures, and nas.json's fields on where it comes from. Rank 0 also mends nas.jsonl, and writes search.json;
+    the others read it afterwards. Raises InputError where something does not fit."""
     device = gtn.choose_device(args.device)
     config, content, teacher = read_source(args.teacher, device)
-    truth, environment = {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE}, gtn.environment(device)
-    settings = {"seed": args.seed, "space": args.space, "truth": truth, "teacher": content["sha256"], "real": None}
-    if args.real:
-        theirs, real, control = read_source(args.real, device)
-        settings["real"], fields = real["sha256"], ("dataset", "inner_steps", "batch_size", "normalization", "variant")
-        expected = {field: getattr(config, field) for field in fields} | {"variant": "real"}
-        if other := [f"{f}={getattr(theirs, f)}, not {x}" for f, x in expected.items() if getattr(theirs, f) != x]:
-            raise InputError(f"--real {args.real} has {'; '.join(other)}")
+    theirs, real, control = read_source(args.real, device) if args.real else (None, {}, None)
+    expected = {"variant": "real"} | {field: getattr(config, field) for field in ALIKE} if args.real else {}
+    if other := [f"{f}={getattr(theirs, f)}, not {x}" for f, x in expected.items() if getattr(theirs, f) != x]:
+        raise InputError(f"--real {args.real} has {'; '.join(other)}")
+    origin = {
+        "teacher": args.teacher, "real": args.real, "seed": args.seed, "space": args.space,
+        "config": dataclasses.asdict(config), "environment": gtn.environment(device),
+        "truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE},
+        "sha256": {"teacher": content["sha256"], "real": real.get("sha256")},
+    }  # fmt: skip
     folder = Path(args.out or Path(args.teacher).with_name(f"nas-{args.space}-s{args.seed}"))
-    tuned = check_folder(folder, settings, args.resume or rank > 0)
+    origin["control"] = check_folder(folder, origin, args.resume or rank > 0)
     done, data = read_done(folder, args.repeats), load_data(args.teacher, content, args.data, device)
     shape = data.train.images.shape[1:]
     architectures = sample_architectures(args.space, args.architectures, config.normalization, shape, args.seed)
@@ -320,15 +324,12 @@ def begin(args, rank):
         gtn.write_file(folder / "nas.jsonl", "".join(json.dumps(line) + "\n" for line in done.values()).encode())
     if args.real:
         lr, momentum = (x.tolist() for x in real["curriculum"][2:])
-        tuned = tuned or {"lr": lr, "momentum": momentum, "grid": None}
+        origin["control"] = {"lr": lr, "momentum": momentum, "grid": None}
     else:
-        tuned = tuned or tune_control(args.space, config, data, args.seed)
-        control = real_batches(config, data, **tuned)
+        origin["control"] = origin["control"] or tune_control(args.space, config, data, args.seed)
+        control = real_batches(config, data, **origin["control"])
     if rank == 0:
-        content = {"settings": settings, "control": tuned, "environment": environment}
-        gtn.write_json(folder / "search.json", content)
-    origin = {"teacher": args.teacher, "real": args.real, "seed": args.seed, "space": args.space, "truth": truth,
-              "control": tuned, "config": dataclasses.asdict(config), "environment": environment}  # fmt: skip
+        gtn.write_json(folder / "search.json", origin)
     return folder, data, {"teacher": teacher, "control": control}, list(sizes), origin
 
 

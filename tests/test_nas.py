@@ -323,7 +323,7 @@ def test_a_search_end_to_end(make_teacher, run_nas):
         assert all(0 <= a <= 1 for a in accuracies)
         assert all(x["seconds"][name] > 0 for name in ("teacher", "control", "truth"))
     expected = set("format teacher real seed space config environment truth architectures correlations seconds "
-                   "cost_ratio best control".split())  # fmt: skip
+                   "cost_ratio best control sha256".split())  # fmt: skip
     assert set(result) == expected
     assert (result["teacher"], result["real"], result["seed"], result["space"]) == (str(teacher), None, 0, "widths")
     assert (result["truth"]["steps"], result["truth"]["repeats"]) == (2, 2)
@@ -542,8 +542,8 @@ def test_a_folder_is_not_overwritten(make_teacher, run_nas, tmp_path):
         assert (status, output, error.count("\n")) == (2, "", 1)
         assert message in error
     other = make_teacher("random")
-    assert "teacher=" in run_nas(other, "--real", real, "--out", folder, "--resume")[2]
-    assert "real=" in run_nas(teacher, "--out", folder, "--resume")[2]
+    assert "sha256={'teacher': " in run_nas(other, "--real", real, "--out", folder, "--resume")[2]
+    assert "'real': None" in run_nas(teacher, "--out", folder, "--resume")[2]
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
     for name, damage in {"search.json": b"{", "nas.jsonl": b'{"index": 1}\n'}.items():
