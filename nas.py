@@ -319,9 +319,9 @@ def begin(args, rank):
     architectures += [Architecture(f, (3,) * len(f), normalization=config.normalization) for f in args.also]
     sizes = {a: size(a, shape)["parameters"] for a in architectures}  # distinct; an InputError for one too deep
     if rank == 0:
+        gtn.write_file(folder / "nas.jsonl", "".join(json.dumps(line) + "\n" for line in done.values()).encode())
         print(f"{len(sizes)} architectures (filters of each conv block=parameters)")
         print(textwrap.fill("  ".join(f"{describe(a)}={n}" for a, n in sizes.items()), 100, break_on_hyphens=False))
-        gtn.write_file(folder / "nas.jsonl", "".join(json.dumps(line) + "\n" for line in done.values()).encode())
     if args.real:
         lr, momentum = (x.tolist() for x in real["curriculum"][2:])
         origin["control"] = {"lr": lr, "momentum": momentum, "grid": None}

@@ -569,8 +569,8 @@ def test_a_folder_is_not_overwritten(make_teacher, run_nas, tmp_path):
     (folder / "search.json").unlink()
     assert "no search.json" in run_nas(teacher, "--real", real, "--resume")[2]
     (tmp_path / "file").write_text("mine")
-    status, _, error = run_nas(teacher, "--real", real, "--out", tmp_path / "file")
-    assert (status, error.count("\n")) == (2, 1)
+    status, output, error = run_nas(teacher, "--real", real, "--out", tmp_path / "file")
+    assert (status, output, error.count("\n")) == (2, "", 1)
     assert "cannot write" in error
     assert (tmp_path / "file").read_text() == "mine"
 
