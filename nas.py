@@ -1,4 +1,4 @@
-"""Neural architecture search with a trained teacher (Such et al., arXiv 1912.07768, section 4.3).
+"""Neural architecture search with a trained teacher (Such et al., arXiv 1912.07768).
 
 Ranks random architectures by the accuracy that each reaches after the few SGD steps of a teacher's curriculum, and
 measures what the ranking is worth: its rank correlation with the truth, the accuracy after full training on real data.
