@@ -805,12 +805,12 @@ def append_log(path, line):
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts; a last line that is still being written is left out."""
+def read_log(path, fields=("event", "step")):
+    """The lines of a log.jsonl as dicts that have the fields; a last line that is still being written is left out."""
     with reading(path):
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        if not all({"event", "step"} <= set(line) for line in lines):
-            raise ValueError("a line without event or step")
+        if not all(set(fields) <= set(line) for line in lines):
+            raise ValueError(f"a line without {' or '.join(fields)}")
         return lines
 
 
