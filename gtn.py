@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import io
 import json
 import math
@@ -1172,25 +1173,26 @@ def choose_device(name):
     return torch.device("cuda", number)
 
 
-@contextlib.contextmanager
-def ranks_joined(device):
-    """Inside, the processes that torchrun started work together; yields this one's number (0 without torchrun)."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield 0
-        return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield distributed.get_rank()
-    finally:
-        distributed.destroy_process_group()
-
-
 def keep_freed_memory():
     """Let the process keep what it frees (glibc only): giving it back after every tensor costs a third of the time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def ranks_joined():
+    """Inside, the processes that torchrun started work together; yields this one's number (0 without torchrun)."""
+    if not distributed.is_torchelastic_launched():
+        yield 0
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(days=30))  # a rank may wait for another's share
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
 
 
 def main(arguments=None):
@@ -1203,7 +1205,7 @@ def main(arguments=None):
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
         device = choose_device(args.device)
-        with ranks_joined(device) as rank:
+        with ranks_joined() as rank:
             if rank == 0:
                 check_folder(folder, config, args.resume)  # before the data, for a quick answer
             data = load_data(config.dataset, args.data, device)

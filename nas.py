@@ -20,7 +20,6 @@ the ceiling. Everything is chosen on validation images; test accuracy is reporte
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -35,8 +34,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch import distributed
 from tqdm import tqdm
 
 import gtn
@@ -109,7 +108,7 @@ def clock(device):
     return time.perf_counter()
 
 
-def teach(source, data, images, architecture, seed):
+def train_briefly(source, data, images, architecture, seed):
     """(accuracy on the first `images` validation images, seconds) of a fresh learner after T inner steps.
 
     source: a function of the data that returns a Curriculum. Seed and architecture fix theta_0, whatever the source.
@@ -159,7 +158,7 @@ def tune_control(space, config, data, seed):
     grid = []
     for lr, momentum in tqdm(list(itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))), "control's grid"):
         source = real_batches(config, data, lr, momentum)
-        accuracies = [teach(source, data, config.validation_images, a, seed)[0] for a in architectures]
+        accuracies = [train_briefly(source, data, config.validation_images, a, seed)[0] for a in architectures]
         grid.append({"lr": lr, "momentum": momentum, "validation": float(np.mean(accuracies))})
     best = max(grid, key=lambda row: row["validation"])
     return {"lr": best["lr"], "momentum": best["momentum"], "grid": grid}
@@ -336,19 +335,20 @@ def begin(args, rank):
 def measure(data, sources, architecture, origin):
     """An architecture's line of nas.jsonl, but for its index."""
     seed, truth, images = origin["seed"], origin["truth"], origin["config"]["validation_images"]
-    found = {name: teach(source, data, images, architecture, seed) for name, source in sources.items()}
+    found = {name: train_briefly(source, data, images, architecture, seed) for name, source in sources.items()}
     trained = [train_fully(data, architecture, truth["steps"], seed, repeat) for repeat in range(truth["repeats"])]
     found["truth"] = [figures for figures, _ in trained], float(np.mean([seconds for _, seconds in trained]))
     accuracies, seconds = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     return architecture._asdict() | size(architecture, data.train.images.shape[1:]) | accuracies | {"seconds": seconds}
 
 
-def measure_all(folder, data, sources, architectures, origin, rank, ranks):
+def measure_all(folder, data, sources, architectures, origin):
     """Append each architecture that is missing to nas.jsonl, in this process those whose index is rank modulo ranks."""
+    rank, ranks = gtn.rank_and_world()
     mine, done = list(enumerate(architectures))[rank::ranks], read_done(folder, origin["truth"]["repeats"])
     missing = [(i, a) for i, a in mine if a not in done]
     for _, architecture in missing[:1]:  # the first use of everything is slow, and its seconds would count
-        teach(sources["teacher"], data, origin["config"]["validation_images"], architecture, origin["seed"])
+        train_briefly(sources["teacher"], data, origin["config"]["validation_images"], architecture, origin["seed"])
     bar = tqdm(total=len(mine), initial=len(mine) - len(missing), desc=folder.name, unit="net", disable=rank > 0)
     with bar:
         for index, architecture in missing:
@@ -467,16 +467,6 @@ def parse_arguments(arguments):
     return args
 
 
-def join_processes():
-    """(rank, ranks): those of torchrun, every process with a CUDA device of its own if there are, or (0, 1)."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # another rank's share may take long
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return dist.get_rank(), dist.get_world_size()
-
-
 def rank_0_first(function, rank):
     """function() on rank 0, then on the others, which end with exit status 2 where it did not succeed."""
     succeeded = torch.zeros(1)
@@ -486,9 +476,20 @@ def rank_0_first(function, rank):
             succeeded += 1
             return result
     finally:
-        if dist.is_initialized():
-            dist.broadcast(succeeded, 0)
+        if distributed.is_initialized():
+            distributed.broadcast(succeeded, 0)
     return function() if succeeded else sys.exit(2)
+
+
+def search(arguments, rank):
+    """All of it, in this process of torchrun's or alone."""
+    folder, *found, origin = rank_0_first(lambda: begin(parse_arguments(arguments), rank), rank)
+    measure_all(folder, *found, origin)
+    if distributed.is_initialized():
+        distributed.barrier()
+    if rank == 0:
+        report(found[-1], conclude(folder, found[-1], origin))
+        print(f"\nwritten to {folder / 'nas.json'}")
 
 
 def main(arguments=None):
@@ -496,14 +497,8 @@ def main(arguments=None):
     rank = 0
     try:
         gtn.keep_freed_memory()
-        rank, ranks = join_processes()
-        folder, *search, origin = rank_0_first(lambda: begin(parse_arguments(arguments), rank), rank)
-        measure_all(folder, *search, origin, rank, ranks)
-        if ranks > 1:
-            dist.barrier()
-        if rank == 0:
-            report(search[-1], conclude(folder, search[-1], origin))
-            print(f"\nwritten to {folder / 'nas.json'}")
+        with gtn.ranks_joined() as rank:
+            search(arguments, rank)
         return 0
     except InputError as error:
         print(f"nas.py: error: {error}", file=sys.stderr)
@@ -513,9 +508,6 @@ def main(arguments=None):
             command = re.sub(r" --resume(?= |$)", "", shlex.join(["python", *sys.argv]))
             print(f"nas.py: interrupted; what is done is kept, continue with {command} --resume", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def tiny(tiny_problem, **changes):
 def test_teaching_an_architecture_is_gtn_by_hand(tiny_problem):
     _, data, source = tiny(tiny_problem, normalization="batch")
     architecture = Architecture((3, 2), (5, 3), "average", "batch")
-    found, seconds = nas.teach(source, data, 50, architecture, 8)
+    found, seconds = nas.train_briefly(source, data, 50, architecture, 8)
     with gtn.seeded(8, 3, 2, 3, 2, 5, 3, 0):
         theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
     curriculum = source(data)
@@ -240,12 +240,12 @@ def test_the_control_takes_the_best_of_the_grid(tiny_problem, monkeypatch):
     config, data, _ = tiny(tiny_problem)
     taught = []
 
-    def teach(source, data, images, architecture, seed):
+    def train_briefly(source, data, images, architecture, seed):
         lr, momentum = source(data)[2:]
         taught.append((architecture, len(lr)))
         return 1 - abs(lr[0].item() - 0.1) - abs(momentum[-1].item() - 0.5), 0.0
 
-    monkeypatch.setattr(nas, "teach", teach)
+    monkeypatch.setattr(nas, "train_briefly", train_briefly)
     found = nas.tune_control("widths", config, data, 0)
     assert (found["lr"], found["momentum"]) == (0.1, 0.5)
     assert len(found["grid"]) == 10
@@ -623,14 +623,15 @@ def test_other_ranks_come_after_rank_0_and_end_where_it_failed(monkeypatch):
 
 
 def test_ranks_share_the_architectures_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(nas, "teach", lambda *_: None)
+    monkeypatch.setattr(nas, "train_briefly", lambda *_: None)
     monkeypatch.setattr(nas, "measure", lambda data, sources, architecture, origin: {"filters": architecture.filters})
     monkeypatch.setattr(nas, "read_done", lambda *_: {Architecture((4,), (3,)): None})
     architectures = [Architecture((f,), (3,)) for f in range(7)]
     origin = {"seed": 0, "truth": {"repeats": 1}, "config": {"validation_images": 1}}
     for rank, expected in enumerate([[0, 3, 6], [1], [2, 5]]):
         (tmp_path / str(rank)).mkdir()
-        nas.measure_all(tmp_path / str(rank), None, {"teacher": None}, architectures, origin, rank, 3)
+        monkeypatch.setattr(gtn, "rank_and_world", lambda rank=rank: (rank, 3))
+        nas.measure_all(tmp_path / str(rank), None, {"teacher": None}, architectures, origin)
         assert [x["index"] for x in read(tmp_path / str(rank) / "nas.jsonl")] == expected
 
 
