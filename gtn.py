@@ -1128,24 +1128,11 @@ def parse_arguments(arguments):
     add("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR",
         help="folder of the data sets (default: $GTN_DATA, else data)")  # fmt: skip
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override any field below; VALUE is JSON or a word",
-    )
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields: JSON or a word")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
     add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
     add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
-    add(
-        "--learners",
-        type=int,
-        default=100,
-        metavar="N",
-        help="fresh learners of --evaluate (default: 100)",
-    )
+    add("--learners", type=int, default=100, metavar="N", help="fresh learners of --evaluate (default: 100)")
     add("--max-minutes", type=float, metavar="M", help="stop with a checkpoint after M minutes of this call")
     args = parser.parse_args(arguments)
     for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": NOT_NEGATIVE}.items():
