@@ -155,8 +155,7 @@ def read_folder(folder, select):
         found = [path.parent for path in sorted(folder.rglob(name))]
         return [x for x in found if fnmatch(x.name, select) or fnmatch(x.relative_to(folder).as_posix(), select)]
 
-    damaged, searches = [], places("nas.json")
-    folders = [x for x in places("config.json") if not (x / "nas.json").exists() and not (x / "nas.jsonl").exists()]
+    damaged, folders, searches = [], places("config.json"), places("nas.json")
     if not folders + searches:
         what = "run" if select == "*" or not folder.is_dir() else f"run that --select {shlex.quote(select)} matches"
         raise gtn.InputError(f"no {what} in {folder}: make one with `{FIRST_COMMAND}`, or name another folder: --runs")
@@ -242,6 +241,8 @@ def difficulty(variants, judge):
     data, theta, architecture, accuracy = judged
     figures = {}
     for variant, runs in variants.items():
+        if runs[0].teacher["curriculum"].images.shape[2:] != data.train.images.shape[1:]:
+            return f"images of another size than {runs[0].folder} teaches"
         teacher = gtn.read_teacher(runs[0].folder / "teacher.pt", data.mean.device)[0]
         losses = {order: next_batch_losses(teacher, data, order) for order in ("in order", "batch-shuffled")}
         figures[variant] = [confidence(theta, architecture, run.teacher["curriculum"]) for run in runs], losses
@@ -326,8 +327,8 @@ def write_pages(out, blocks):
         return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
     def plain(text):
-        escaped = re.sub(r"([|*<&])", r"\\\1", text)
-        return re.sub("`[^`]*`", lambda code: code[0].replace("\\", ""), escaped)
+        parts = text.split("`")
+        return "`".join([part if i % 2 else re.sub(r"([|*<&])", r"\\\1", part) for i, part in enumerate(parts)])
 
     markdown, page = [], [HEAD]
     for kind, content, *picture in blocks:

@@ -142,8 +142,8 @@ def mosaic(pictures, run):
     """Pictures [rows, columns, C, H, W] on a sheet [rows (H + 1), columns (W + 1)(, 3)] with gaps of NaN, or white."""
     sheet = F.pad(pictures, (1, 0, 1, 0), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     if sheet.shape[2] == 1:
-        return sheet[..., 0]
-    return (sheet * run.teacher["std"] + run.teacher["mean"]).clamp(0, 1).nan_to_num(1)
+        return sheet[..., 0].numpy()
+    return (sheet * run.teacher["std"] + run.teacher["mean"]).clamp(0, 1).nan_to_num(1).numpy()
 
 
 def show_pictures(pictures, run, rows, columns, names, width=1100):
@@ -152,7 +152,7 @@ def show_pictures(pictures, run, rows, columns, names, width=1100):
     sheet, grey = mosaic(pictures, run), pictures.shape[2] == 1
     zoom = max(1, round(width / sheet.shape[1]))
     generated = run.config.variant not in ("pixels", "real")
-    limit = run.config.image_scale if generated else float(sheet.nan_to_num().abs().amax())
+    limit = run.config.image_scale if generated else np.nanmax(np.abs(sheet))
     height, width = zoom * sheet.shape[0], zoom * sheet.shape[1]
     left, right, bottom, top = 100, 150 if grey else 20, 15, 95  # pixels around the sheet
     total = np.array([left + width + right, bottom + height + top])
