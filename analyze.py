@@ -165,7 +165,7 @@ def read_folder(folder, select):
 
 
 def group_runs(runs):
-    """({experiment: {variant: runs}}, remarks). Runs under one variant differ in their seed alone: of several settings
+    """({experiment: {variant: runs by seed}}, remarks). Runs of a variant differ in seed alone: of several settings
     the commonest keeps the config's name, and any other makes an experiment of its own, named after what differs."""
 
     def settings(run):
@@ -179,7 +179,7 @@ def group_runs(runs):
         return [run for run in runs if key(run) == value]
 
     experiments, remarks = {}, []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.config.seed):
         namesakes = commonest(budget, [x for x in runs if x.config.name == run.config.name])
         usual = commonest(settings, [x for x in namesakes if x.config.variant == run.config.variant] or namesakes)[0]
         name = run.config.name
@@ -204,7 +204,7 @@ def train_classifier(data, steps=300):
         theta = gtn.leaves(gtn.init_learner(architecture, data.train.images.shape[1:], data.mean.device))
         adam = torch.optim.Adam(theta, 0.003)
         for _ in range(steps):
-            images, labels = gtn.sample(data.train, 128)
+            images, labels = gtn.sample(data.train, 64)
             adam.zero_grad()
             F.cross_entropy(gtn.learner(theta, images, architecture), labels).backward()
             adam.step()
@@ -373,9 +373,9 @@ def plan(experiments, searches, judge):
             yield name, title, name, getattr(draw, f"draw_{title}"), arguments, origin(runs)
         for run in runs:
             what = f"{name}-{run.config.variant}-s{run.config.seed}"
-            for title in ("images", "classes", "growth"):
-                if title != "classes" or (run.teacher and run is variants[run.config.variant][0]):
-                    yield name, title, what, getattr(draw, f"draw_{title}"), [run], origin([run])
+            titles = ("images", "classes", "growth") if run is variants[run.config.variant][0] else ("images",)
+            for title in titles if run.teacher else ("images",):
+                yield name, title, what, getattr(draw, f"draw_{title}"), [run], origin([run])
     for search in searches:
         yield search["name"], "ranking", search["name"], draw.draw_search, [search], search["origin"]
 

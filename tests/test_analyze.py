@@ -409,14 +409,15 @@ def test_runs_are_averaged_only_where_seeds_alone_differ(tmp_path):
     assert {
         name: {v: [run.config.seed for run in runs] for v, runs in e.items()} for name, e in experiments.items()
     } == {
-        "toy": {"learned": [1, 0, 3]},
+        "toy": {"learned": [0, 1, 3]},
         "toy with outer_lr=0.5": {"learned": [2]},
         "toy with inner_steps=2": {"real": [0]},
     }
     assert len(remarks) == 3
-    assert "toy-learned-s2" in remarks[1]
-    assert "toy-learned-s1" in remarks[0]
-    assert "settings and the seed" in remarks[0]
+    assert "toy-real-s0 with" in remarks[0]
+    assert remarks[1].startswith("left out: ")
+    assert "toy-learned-s1, which has the settings and the seed of" in remarks[1]
+    assert "toy-learned-s2 with" in remarks[2]
 
 
 def test_difficulty(tmp_path, few_glyphs):
@@ -471,8 +472,8 @@ class Page(HTMLParser):
 
 def test_everything_from_the_command_line(run_analyze, tmp_path):
     for seed in (0, 1):
-        folder = make_run(tmp_path / "runs", seed, evaluation=6, shape=(1, 28, 28))
-    make_snapshots(folder)
+        folder = make_run(tmp_path / "runs", 1 - seed, evaluation=6, shape=(1, 28, 28))
+    make_snapshots(folder)  # of seed 0
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"event": "step", "st')  # still being written
     make_search(folder / "nas")
@@ -482,15 +483,12 @@ def test_everything_from_the_command_line(run_analyze, tmp_path):
     names = "training orders steps rates difficulty learned-s0-classes learned-s0-images learned-s1-images"
     pictures = sorted(
         [f"toy-{name}.png" for name in names.split()]
-        + ["toy-learned-s1-growth.gif", "ranking-toy-learned-s1-nas-ranking.png"]
+        + ["toy-learned-s0-growth.gif", "ranking-toy-learned-s0-nas-ranking.png"]
     )
     assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "README.md", "report.html"])
     assert "10 figures of 2 runs and 1 searches" in output
-    for line in (
-        "variants of toy (random_fixed, random, pixels, real): no such run: python gtn.py --seed 0 --variant random_f",
-        "left out: growth (toy-learned-s0): no snapshots: python gtn.py --variant learned --seed 0",
-    ):
-        assert line in output
+    command = "python gtn.py --seed 0 --variant random_fixed (the others likewise)"
+    assert f"left out: variants of toy (random_fixed, random, pixels, real): no such run: {command}" in output
     assert "nas.py" not in output
     with Image.open(out / "toy-steps.png") as image:
         assert image.width == 960
@@ -583,6 +581,7 @@ def test_a_run_that_has_only_begun(run_analyze, tmp_path):
         "left out: training (toy-learned-s0): no outer step yet: python gtn.py --variant learned --seed 0 --resume"
         in output
     )
+    assert "left out: growth (toy-learned-s0): no snapshots: python gtn.py --variant learned --seed 0\n" in output
     (folder / "teacher.pt").unlink()
     (folder / "log.jsonl").unlink()
     status, output, _ = run_analyze()
