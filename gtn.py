@@ -1101,32 +1101,37 @@ def evaluate_file(path, learners, data_folder, device):
 # ------------------------------------------------------------------------------------ command line
 
 
+def argument_parser(**options):
+    """An ArgumentParser with the flags of every command here, --device and --data, whose errors are InputErrors."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def fail(message):
+        raise InputError(message)
+
+    parser.error = fail
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR",
+                        help="folder of the data sets (default: $GTN_DATA, else data)")  # fmt: skip
+    return parser
+
+
 def parse_arguments(arguments):
     """The command line; --help also lists every config and every field with its default and source."""
     configs = "\n".join(f"  {name:<8}{json.dumps(changes)}" for name, changes in load_configs().items())
     fields = "\n".join(
         f"  {f.name + ' = ' + json.dumps(f.default):<34}{f.metadata['source']}" for f in dataclasses.fields(Config)
     )
-    parser = argparse.ArgumentParser(
+    parser = argument_parser(
         prog="gtn.py",
         description="Train a Generative Teaching Network and measure it on fresh learners.",
         epilog=f"configs (what differs from the defaults):\n{configs}\n\nfields, their defaults and where these come "
         f"from (earlier run: a PyTorch implementation of A, B and C by others; ours: found here):\n{fields}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def fail(message):
-        raise InputError(message)
-
-    parser.error = fail
     add = parser.add_argument
     add("--config", default="quick", metavar="NAME", help="entry of configs.json (default: quick)")
     add("--variant", metavar="NAME", help=f"what the learner is taught with: {', '.join(VARIANTS)}")
     add("--seed", type=int, metavar="N", help="fixes everything on a CPU")
     add("--outer-steps", type=int, metavar="N", help="outer steps planned: the length of the schedule")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
-    add("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR",
-        help="folder of the data sets (default: $GTN_DATA, else data)")  # fmt: skip
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields: JSON or a word")
     add("--resume", action="store_true", help="continue the run in its folder, if there is one")
@@ -1137,10 +1142,10 @@ def parse_arguments(arguments):
     args = parser.parse_args(arguments)
     for name, (test, words) in {"stop_after": COUNT, "learners": COUNT, "max_minutes": NOT_NEGATIVE}.items():
         if (value := getattr(args, name)) is not None and not test(value):
-            fail(f"--{name.replace('_', '-')} {value}: must be {words}")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be {words}")
     extra = [name for name in ("variant", "seed", "outer_steps", "stop_after", "max_minutes") if getattr(args, name)]
     if args.evaluate and (extra or args.set or args.resume):
-        fail("--evaluate goes with --learners, --data and --device alone: the teacher brings its config")
+        parser.error("--evaluate goes with --learners, --data and --device alone: the teacher brings its config")
     return args
 
 
