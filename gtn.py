@@ -863,7 +863,7 @@ def peak_memory():
 def published(teacher, data):
     """The Curriculum that teacher.pt and the snapshots show; of `random` and `real` one draw, the same every time."""
     with torch.no_grad(), seeded(teacher.config.seed, 2):
-        return teacher(data)
+        return teacher(data).detach()
 
 
 def save(folder, teacher, optimizer, data, step, seconds):
@@ -877,15 +877,18 @@ def save(folder, teacher, optimizer, data, step, seconds):
                   optimizer=optimizer.state_dict())  # fmt: skip
 
 
+SNAPSHOT_IMAGES = 40  # at most
+
+
 def is_snapshot(step):
     """Whether the images are kept after this outer step: four times for each doubling."""
     return step < 2 or int(4 * math.log2(step)) > int(4 * math.log2(step - 1))
 
 
 def save_snapshot(folder, teacher, data, step):
-    """Keep up to 40 images of the last inner step in snapshots/<step>.pt, if it is time."""
-    if is_snapshot(step):
-        images = published(teacher, data).images[-1, :40]
+    """Keep images of the last inner step in snapshots/<step>.pt, if it is time."""
+    if is_snapshot(step) and teacher.config.variant != "real":
+        images = published(teacher, data).images[-1, :SNAPSHOT_IMAGES]
         write_tensors(folder / "snapshots" / f"{step:06d}.pt", step=step, images=images.half().cpu())
 
 
