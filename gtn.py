@@ -1068,12 +1068,19 @@ UNSEEN = {
 }
 
 
-def evaluate_file(path, learners, data_folder, device):
+def evaluate_file(path, learners, data_folder, device, resume=False):
     """--evaluate: test accuracy of fresh learners in every order, of architectures the teacher was not trained
     with (10 learners at most), and after every inner step (10 at most, 1,000 test images); prints a table and
-    writes evaluation.json beside the teacher. Returns exit status 0.
+    writes evaluation.json beside the teacher; with `resume` only if that is not done yet. Returns exit status 0.
     """
     teacher, content = read_teacher(path, device)
+    output = Path(path).with_name("evaluation.json")
+    if resume and output.exists():
+        with reading(output):
+            done = json.loads(output.read_text())
+            if done["step"] == content["step"] and (n := done["rows"][0]["in order"]["n"]) >= learners:
+                print(f"{output} is there, of {n} learners after {done['step']} outer steps")
+                return 0
     config, few, rows = teacher.config, min(learners, 10), []
     data = load_data(config.dataset, data_folder, device)
     if data.test.images.shape[1:] != content["curriculum"].images.shape[2:]:
@@ -1093,7 +1100,6 @@ def evaluate_file(path, learners, data_folder, device):
         tqdm.write(f"{name:<16}{n:>8}" + "".join(f"{cell:>18}" for cell in cells))
     curve = np.array(accuracy_curve(teacher, data, Split(*(x[:1000] for x in data.test)), few))
     print(f"after each inner step ({few} learners):", " ".join(f"{x:.3f}" for x in curve.mean(0)))
-    output = Path(path).with_name("evaluation.json")
     origin = {"teacher": str(path), "config": dataclasses.asdict(config), "environment": environment(device)}
     result = {"step": content["step"], "rows": rows, "curve": curve.tolist(), "peak_memory": peak_memory()}
     write_json(output, origin | result)
@@ -1137,7 +1143,7 @@ def parse_arguments(arguments):
     add("--outer-steps", type=int, metavar="N", help="outer steps planned: the length of the schedule")
     add("--runs", default="runs", metavar="DIR", help="folder of the run folders (default: runs)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields: JSON or a word")
-    add("--resume", action="store_true", help="continue the run in its folder, if there is one")
+    add("--resume", action="store_true", help="continue the run in its folder; skip what --evaluate has done")
     add("--stop-after", type=int, metavar="K", help="stop with a checkpoint after K outer steps in all")
     add("--evaluate", metavar="TEACHER", help="measure a teacher.pt on fresh learners instead of training one")
     add("--learners", type=int, default=100, metavar="N", help="fresh learners of --evaluate (default: 100)")
@@ -1147,8 +1153,8 @@ def parse_arguments(arguments):
         if (value := getattr(args, name)) is not None and not test(value):
             parser.error(f"--{name.replace('_', '-')} {value}: must be {words}")
     extra = [name for name in ("variant", "seed", "outer_steps", "stop_after", "max_minutes") if getattr(args, name)]
-    if args.evaluate and (extra or args.set or args.resume):
-        parser.error("--evaluate goes with --learners, --data and --device alone: the teacher brings its config")
+    if args.evaluate and (extra or args.set):
+        parser.error("--evaluate goes with --learners, --data, --device, --resume alone: the teacher brings its config")
     return args
 
 
@@ -1196,7 +1202,7 @@ def main(arguments=None):
         args = parse_arguments(arguments)
         keep_freed_memory()
         if args.evaluate:
-            return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device))
+            return evaluate_file(args.evaluate, args.learners, args.data, choose_device(args.device), args.resume)
         config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
         folder = Path(args.runs, f"{config.name}-{config.variant}-s{config.seed}")
         device = choose_device(args.device)

@@ -17,14 +17,12 @@ trainings, the methods are compared with the mean over the seeds, which has less
 the ceiling. Everything is chosen on validation images; test accuracy is reported, and decides nothing.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -434,12 +432,8 @@ def report(architectures, result):
 
 def parse_arguments(arguments):
     """The command line; InputError for what is not valid."""
-    parser = argparse.ArgumentParser(prog="nas.py", description="Rank random architectures with a trained teacher.")
-
-    def fail(message):
-        raise InputError(message)
-
-    parser.error, add = fail, parser.add_argument
+    parser = gtn.argument_parser(prog="nas.py", description="Rank random architectures with a trained teacher.")
+    add = parser.add_argument
     add("teacher", metavar="TEACHER", help="a teacher.pt")
     add("--architectures", type=int, default=64, metavar="N", help="how many to sample (default: 64)")
     add("--space", default="widths", metavar="NAME", help="widths (default): 2 conv blocks of 1-63 and 1-127 filters; "
@@ -449,8 +443,6 @@ def parse_arguments(arguments):
     add("--real", metavar="TEACHER", help="teacher.pt of variant real for the control (default: a grid is searched)")
     add("--truth-steps", type=int, default=782, metavar="N", help="of full training (default: 782, 2 epochs of MNIST)")
     add("--repeats", type=int, default=2, metavar="R", help="full trainings of each architecture (default: 2)")
-    add("--data", default=os.environ.get("GTN_DATA", "data"), metavar="DIR", help="of data sets (default: $GTN_DATA)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     add("--out", metavar="DIR", help="folder of the results (default: nas-SPACE-sSEED beside the teacher)")
     add("--resume", action="store_true", help="continue the search in its folder, if there is one")
     args = parser.parse_args(arguments)
@@ -463,7 +455,7 @@ def parse_arguments(arguments):
         "seed": gtn.SEED, "truth_steps": gtn.COUNT, "repeats": gtn.COUNT,
     }.items():  # fmt: skip
         if not test(value := getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} {value}: must be {words}")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be {words}")
     return args
 
 

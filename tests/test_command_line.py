@@ -100,6 +100,16 @@ def test_variants_run_and_are_evaluated(run_gtn, tmp_path, variant):
     assert f"{rows['training']['in order']['mean']:.3f}" in output
 
 
+def test_an_evaluation_is_not_done_twice(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "1")[0] == 0
+    teacher = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    for learners, resume, done in ((2, [], False), (2, ["--resume"], True), (3, ["--resume"], False), (2, [], False)):
+        status, output, error = run_gtn("--evaluate", str(teacher), "--learners", str(learners), *resume)
+        assert (status, "is there, of 2 learners after 1 outer steps" in output) == (0, done), error
+        rows = json.loads(teacher.with_name("evaluation.json").read_text())["rows"]
+        assert rows[0]["in order"]["n"] == learners
+
+
 def test_transductive_figures_of_batch_normalisation(run_gtn, tmp_path):
     settings = [*TINY, "normalization=batch", "filters=[4,5]"]
     status, _, error = run_gtn("--outer-steps", "1", settings=settings)
@@ -175,7 +185,6 @@ REFUSED = [
     (["--nosuch"], "unrecognized arguments: --nosuch"),
     (["--evaluate", "nosuch.pt"], "cannot read nosuch.pt"),
     (["--evaluate", "nosuch.pt", "--set", "seed=1"], "--evaluate goes with --learners"),
-    (["--evaluate", "nosuch.pt", "--resume"], "--evaluate goes with --learners"),
     (["--evaluate", "nosuch.pt", "--learners", "0"], "--learners 0: must be a whole number from 1"),
 ]
 
