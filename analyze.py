@@ -134,6 +134,16 @@ def read_search(path, folder):
         return search
 
 
+def read_benchmark(path):
+    """The content of a benchmark.json, with its origin."""
+    with gtn.reading(path):
+        content = json.loads(path.read_text())
+        if "memory" in content:
+            draw.draw_memory(content)  # what it lacks is missed here, where the file can be named
+        where = content["environment"]
+        return content | {"origin": f"{where['device']}, {where['threads']} threads; `{where['command']}`."}
+
+
 def read_run(folder, damaged):
     """The Run in a folder, or None where its config.json is damaged."""
 
@@ -150,19 +160,20 @@ def read_run(folder, damaged):
 
 
 def read_folder(folder, select):
-    """(runs, searches, damaged files) below a folder, of those places whose name or path the glob matches."""
+    """(runs, searches, benchmarks, damaged files) below a folder, of places whose name or path the glob matches."""
 
     def places(name):
         found = [path.parent for path in sorted(folder.rglob(name))]
         return [x for x in found if fnmatch(x.name, select) or fnmatch(x.relative_to(folder).as_posix(), select)]
 
-    damaged, folders, searches = [], places("config.json"), places("nas.json")
-    if not folders + searches:
+    damaged, folders, searches, benchmarks = [], *map(places, ("config.json", "nas.json", "benchmark.json"))
+    if not folders + searches + benchmarks:
         what = "run" if select == "*" or not folder.is_dir() else f"run that --select {shlex.quote(select)} matches"
         raise gtn.InputError(f"no {what} in {folder}: make one with `{FIRST_COMMAND}`, or name another folder: --runs")
     runs = [read_run(x, damaged) for x in folders]
     searches = [attempt(read_search, x / "nas.json", damaged, folder) for x in searches]
-    return [x for x in runs if x], [x for x in searches if x], damaged
+    benchmarks = [attempt(read_benchmark, x / "benchmark.json", damaged) for x in benchmarks]
+    return *([x for x in found if x] for found in (runs, searches, benchmarks)), damaged
 
 
 def group_runs(runs):
@@ -364,7 +375,7 @@ def encode(figure):
 # ------------------------------------------------------------------------------------ command line
 
 
-def plan(experiments, searches, judge):
+def plan(experiments, searches, benchmarks, judge):
     """What there is to draw, in order: (section, title, of what, function, its arguments, origin)."""
     measure = functools.partial(difficulty, judge=judge)
     for name, variants in experiments.items():
@@ -379,12 +390,14 @@ def plan(experiments, searches, judge):
                 yield name, title, what, getattr(draw, f"draw_{title}"), [run], origin([run])
     for search in searches:
         yield search["name"], "ranking", search["name"], draw.draw_search, [search], search["origin"]
+    for benchmark in (x for x in benchmarks if "memory" in x):
+        yield "benchmark", "memory", "benchmark", draw.draw_memory, [benchmark], benchmark["origin"]
 
 
 def analyze(args):
     """Draw all that the runs allow; returns the exit status: 1 where a damaged file was skipped."""
     folder, out, device = Path(args.runs), Path(args.out), gtn.choose_device(args.device)
-    runs, searches, damaged = read_folder(folder, args.select)
+    runs, searches, benchmarks, damaged = read_folder(folder, args.select)
     experiments, remarks = group_runs(runs)
     missing = collections.defaultdict(list)  # {(title, reason): [(name, command), ...]}
     for name, variants in experiments.items():
@@ -406,7 +419,9 @@ def analyze(args):
     made = f"Made by `{shlex.join(['python', *sys.argv])}`. Accuracies: mean +- standard deviation of n fresh learners."
     blocks, sections = [("h2", "Results"), ("p", made), ("table", result_table(experiments))], set()
     tables = {search["name"]: search_table(search) for search in searches}
-    for section, title, what, function, arguments, source in tqdm([*plan(experiments, searches, judge)], disable=None):
+    for section, title, what, function, arguments, source in tqdm(
+        [*plan(experiments, searches, benchmarks, judge)], disable=None
+    ):
         if section not in sections:
             sections.add(section)
             blocks += [("h2", section), *([("table", tables[section])] if section in tables else [])]

@@ -409,3 +409,23 @@ def draw_search(search):
         "Noise ceiling: full training against full training under another seed."
     )
     return Drawn(figure, caption)
+
+
+def draw_memory(benchmark):
+    """Peak memory of an outer step against the number of inner steps, of a benchmark.json."""
+    figure, axes = new_figure(3.8)
+    rows = benchmark["memory"]["rows"]
+    batch = rows[0]["batch_size"]
+    for method, colour, marker in (("full graph", "#D55E00", "s"), ("one-step segments", "#0072B2", "o")):
+        found = [row for row in rows if row["method"] == method and row["batch_size"] == batch]
+        axes.plot(
+            [x["inner_steps"] for x in found], [x["peak"] for x in found], color=colour, marker=marker, label=method
+        )
+    axes.plot([x["inner_steps"] for x in found], [x["base"] for x in found], ":", color="0.4", label="before the first")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=f"inner steps of {batch} images", ylabel="peak memory (MiB)", ylim=0)
+    axes.grid(alpha=0.3)
+    legend(figure)
+    caption = "Peak memory of the process after a few outer steps with the full graph and with one-step segments, and "
+    return Drawn(figure, caption + "before the first outer step.")

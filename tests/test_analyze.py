@@ -113,7 +113,7 @@ def one_experiment(tmp_path):
         make_run(tmp_path, seed, evaluation=6)
     make_run(tmp_path, variant="real")
     make_run(tmp_path, variant="random", steps=0, end=False)
-    runs, _, damaged = analyze.read_folder(tmp_path, "*")
+    runs, _, _, damaged = analyze.read_folder(tmp_path, "*")
     experiments, remarks = analyze.group_runs(runs)
     assert (list(experiments), remarks, damaged) == (["toy"], [], [])
     return experiments["toy"]
@@ -641,3 +641,24 @@ def test_real_runs_through_the_real_command_line(run_gtn, tmp_path):
     row = json.loads((tmp_path / "runs" / "quick-learned-s0" / "evaluation.json").read_text())["rows"][0]["in order"]
     assert f"| quick | learned | in order | {row['mean']:.3f} +- {row['std']:.3f} | 2 | 1 |" in pages
     assert "quick-difficulty.png" in pages
+
+
+def test_memory_of_a_benchmark(tmp_path, capsys):
+    methods, shapes = {"full graph": 2, "one-step segments": 1}, ((8, 32), (16, 32), (32, 128))
+    rows = [
+        {"inner_steps": T, "batch_size": B, "method": method, "base": 100, "images": 1, "peak": peak * T * B}
+        for T, B in shapes
+        for method, peak in methods.items()
+    ]
+    where = {"device": "a machine", "threads": 2, "command": "python tests/benchmark.py"}
+    gtn.write_json(tmp_path / "runs" / "benchmark.json", {"environment": where, "memory": {"rows": rows}})
+    full, segments, base = draw.draw_memory({"memory": {"rows": rows}}).figure.axes[0].lines
+    assert full.get_xydata().tolist() == [[8, 512], [16, 1024]]
+    assert segments.get_xydata().tolist() == [[8, 256], [16, 512]]
+    assert list(base.get_ydata()) == [100, 100]
+    assert analyze.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert "a machine, 2 threads; `python tests/benchmark.py`." in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "benchmark-memory.png").exists()
+    (tmp_path / "runs" / "benchmark.json").write_text('{"format": 1, "memory": {"rows": [{}]}}')
+    assert analyze.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 1
+    assert "benchmark.json is damaged" in capsys.readouterr().err
