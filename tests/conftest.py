@@ -28,7 +28,7 @@ def tiny(normalization="instance", **changes):
     torch.manual_seed(0)
     settings = {
         "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
-        "filters": (2, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
+        "filters": (4, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
     }  # fmt: skip
     config = gtn.Config(**settings | changes, normalization=normalization)
     splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
