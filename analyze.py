@@ -417,7 +417,8 @@ def analyze(args):
         return data, *train_classifier(data)
 
     made = f"Made by `{shlex.join(['python', *sys.argv])}`. Accuracies: mean +- standard deviation of n fresh learners."
-    blocks, sections = [("h2", "Results"), ("p", made), ("table", result_table(experiments))], set()
+    results = result_table(experiments)
+    blocks, sections = [("h2", "Results"), ("p", made), *([("table", results)] if len(results) > 1 else [])], set()
     tables = {search["name"]: search_table(search) for search in searches}
     for section, title, what, function, arguments, source in tqdm(
         [*plan(experiments, searches, benchmarks, judge)], disable=None

@@ -351,7 +351,7 @@ def test_ranking_of_architectures(tmp_path):
     assert texts[4].startswith("noise ceiling: Spearman 0.93 [0.83, 0.98]")
     spots = {bar.get_label().split(":")[0]: bar[0].get_xydata()[0] for bar in cost.containers}
     assert spots["teacher"].tolist() == [0.4, 0.81]
-    assert spots["real data, same steps"].tolist() == [0.5, 0.52]
+    np.testing.assert_allclose(spots["real data, same steps"], [0.5 * 1.15, 0.52])  # set apart from the teacher
     assert spots["parameter count"][0] < 0.4
     assert "n = 12 architectures" in caption
     assert "AdamW, one cycle, 782 steps, mean of 2" in caption
