@@ -3,7 +3,7 @@
 Ranks random architectures by the accuracy that each reaches after the few SGD steps of a teacher's curriculum, and
 measures what the ranking is worth: its rank correlation with the truth, the accuracy after full training on real data.
 
-    python nas.py runs/quick-learned-s0/teacher.pt --architectures 12 --truth-steps 100     # two minutes on two CPU cores
+    python nas.py runs/quick-learned-s0/teacher.pt --architectures 12 --truth-steps 100   # 2 minutes on two CPU cores
     python nas.py TEACHER.pt                            # 64 architectures, to nas-widths-s0 beside the teacher
     python nas.py --help                                # every flag
     torchrun --nproc-per-node 2 nas.py TEACHER.pt       # the same result, architectures shared out among processes
