@@ -237,11 +237,10 @@ def next_batch_losses(teacher, data, order, learners=3):
     losses = np.empty((learners, teacher.config.inner_steps - 1))
     for k, row in enumerate(losses):
         theta, curriculum, architecture = gtn.fresh_learner(teacher, data, k, order)
-        state = gtn.at_rest(theta)
-        for t in range(len(row)):
-            state = gtn.unroll(*state, gtn.Curriculum(*(x[t : t + 1] for x in curriculum)), architecture)[:2]
+        states = gtn.unroll(*gtn.at_rest(theta), curriculum, architecture)
+        for t, (theta, _) in zip(range(len(row)), states):  # noqa: B905, the last step has no next batch
             with torch.no_grad():
-                logits = gtn.learner(state[0], curriculum.images[t + 1], architecture, reference=curriculum.images[t])
+                logits = gtn.learner(theta, curriculum.images[t + 1], architecture, reference=curriculum.images[t])
                 row[t] = F.cross_entropy(logits, curriculum.labels[t + 1])
     return losses
 

@@ -129,7 +129,7 @@ def make_problem(config, device, dtype=torch.float32):
 def make_step(method, teacher, data):
     """(a copy of the teacher, a function n -> meta-loss that leaves outer step n's meta-gradient in its .grad)."""
     config, teacher = teacher.config, copy.deepcopy(teacher)
-    teacher.config = dataclasses.replace(config, segment=config.inner_steps if method == "full graph" else 1)
+    teacher.config = dataclasses.replace(config, segment=1 if method == "one-step segments" else config.inner_steps)
     learn = functools.partial(gtn.teach, teacher, data)
     learn = gtn.replayed(learn) if method == "CUDA graph" else learn
 
@@ -170,7 +170,7 @@ def check(methods, config, device, dtype):
             error = f"differs from the full graph's by {differences[method]:.1e}, more than {TOLERANCE[dtype]:.0e}"
             raise gtn.InputError(f"{config.name}: the meta-gradient of {method} {error}: nothing was timed")
         if method == "CUDA graph":
-            operations[method] = operations["one-step segments"]  # the same; a replay shows nothing to count
+            operations[method] = operations["full graph"]  # the same; a replay shows nothing to count
     return differences, operations
 
 
@@ -233,16 +233,20 @@ def memory(config, method, device_name):
 def train_together(thetas, curriculum, architecture):
     """theta_T of learners that start at `thetas`, as `gtn.train_learner` gives it, each tensor stacked [K, ...].
 
-    With PyTorch's plain convolution: torch.func does not know the derivative of gtn's.
+    With PyTorch's own convolution, pooling and normalisation: torch.func cannot map gtn's.
     """
+    operations = {
+        "convolve": lambda x, weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2),
+        "max_pool": lambda x: F.max_pool2d(x, 2),
+        "normalize": lambda x, scale, shift, kind, statistics: F.group_norm(x, len(scale), scale, shift),
+    }
 
     def loss(theta, images, labels):
         return F.cross_entropy(gtn.learner(theta, images, architecture), labels)
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
     theta, velocity = gtn.at_rest([torch.stack(tensors) for tensors in zip(*thetas, strict=True)])
-    plain = mock.patch.object(gtn, "convolve", lambda x, weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2))
-    with plain, torch.no_grad():
+    with mock.patch.multiple(gtn, **operations), torch.no_grad():
         for images, labels, lr, momentum in zip(*curriculum, strict=True):
             theta, velocity = gtn.sgd(theta, velocity, gradient(theta, images, labels), lr, momentum)
     return theta
