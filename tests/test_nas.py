@@ -197,7 +197,8 @@ def test_teaching_an_architecture_is_gtn_by_hand(tiny_problem):
 def test_truth_is_adamw_over_whole_epochs(tiny_problem, monkeypatch):
     """60 images, batches of 20: every three steps all images once; the result is plain PyTorch's on these batches."""
     _, data, _ = tiny(tiny_problem)
-    data = data._replace(test=gtn.Split(*(x[:31] for x in data.test)))  # 31 and 60: no accuracy above 0 fits both
+    # on what it has seen it gets something right; 31 and 60 images: no accuracy above 0 fits both
+    data = data._replace(validation=data.train, test=gtn.Split(*(x[:31] for x in data.train)))
     monkeypatch.setattr(nas, "BATCH", 20)
     original, seen = gtn.learner, []
     monkeypatch.setattr(gtn, "learner", lambda *a, **k: (seen.append((a, k)), original(*a, **k))[1])
