@@ -96,6 +96,8 @@ def test_variants_run_and_are_evaluated(run_gtn, tmp_path, variant):
     for order in gtn.ORDERS:
         assert rows["training"][order] == end[order]  # the same learners, from the file alone
     assert rows["training"]["transductive"] is None
+    for name in ("half width", "double width", "one more block"):
+        assert [rows[name][order] is None for order in gtn.ORDERS] == [False, True, True]
     assert torch.tensor(evaluation["curve"]).shape == (2, 3)
     assert f"{rows['training']['in order']['mean']:.3f}" in output
 
