@@ -8,7 +8,8 @@ An outer step is here one fresh learner: the teacher's curriculum, the inner loo
 step on phi. Every method gets the same teacher, initial learner, real batches and random numbers, and keeps freed
 memory. `higher` and `torchopt` train the learner as an nn.Module, each by its own differentiable SGD. First all
 methods must give the same meta-gradient. Ranges of filters are replaced by their middle; real images are random
-numbers, which take as long as any others.
+numbers, which take as long as any others. On a CPU the libraries are timed once more in a process that gives freed
+memory back, as every process does that does not ask otherwise ("unkept").
 
 Every configuration, and every measurement of memory, gets a fresh process; within a configuration the methods take
 turns, round by round. On CUDA matrix products and convolutions are in TF32, the measured matrix product too.
@@ -191,9 +192,10 @@ def matrix_product_rate(device):
     return 2 * n**3 / min(seconds(torch.matmul, a, a) for _ in range(3))
 
 
-def speed(config, methods, rounds, device_name):
+def speed(config, methods, rounds, device_name, keep=True):
     """The record of one configuration: for each method its differences, operations and seconds of every round."""
-    gtn.keep_freed_memory()
+    if keep:
+        gtn.keep_freed_memory()
     device = gtn.choose_device(device_name)
     exact, _ = check(methods, dataclasses.replace(config, **TINY), device, torch.float64)
     torch.set_float32_matmul_precision("highest")  # TF32 rounds to 5e-4, so that it could hide an error
@@ -308,12 +310,17 @@ def measure_speed(config, methods, rounds, device_name):
         rate = r["operations"] / median
         r |= {"median": median, "memory": memory_used}
         r |= {"times_faster_than_higher": ratio, "share_of_matrix_product": rate / best}
+        if method in LIBRARIES and gtn.choose_device(device_name).type == "cpu":
+            alone = fresh_process(speed, config, [method], rounds, device_name, False)["methods"][method]
+            r["seconds_unkept"] = alone["seconds"]
+        unkept = f"{statistics.median(r['seconds_unkept']):.3f}" if "seconds_unkept" in r else "-"
         rows.append([method, f"{median:.3f}", f"{min(r['seconds']):.3f}", f"{max(r['seconds']):.3f}",
-                     f"{ratio:.2f}" if ratio else "-", f"{memory_used['base']:.0f}", f"{memory_used['peak']:.0f}",
+                     unkept, f"{ratio:.2f}" if ratio else "-",
+                     f"{memory_used['base']:.0f}", f"{memory_used['peak']:.0f}",
                      f"{r['operations'] / 1e9:.1f}", f"{rate / 1e9:.1f}", f"{rate / best:.0%}",
                      f"{r['difference']:.0e}", f"{r['difference_float64']:.0e}"])  # fmt: skip
-    header = "method seconds min max higher/this base,MiB peak,MiB GFLOP GFLOP/s share difference float64".split()
-    show(f"{config.name}: one outer step; share of a matrix product's {best / 1e9:.1f} GFLOP/s", header, rows)
+    header = "method seconds min max unkept higher/this base,MiB peak,MiB GFLOP GFLOP/s share difference float64"
+    show(f"{config.name}: one outer step; share of a matrix product's {best / 1e9:.1f} GFLOP/s", header.split(), rows)
     return record
 
 
