@@ -5,7 +5,7 @@ A teacher makes synthetic images; a freshly initialised learner trains on them f
 the teacher follows this meta-gradient (the outer step). The file reads in that order: config, data,
 teacher, learner, inner loop and meta-gradient, evaluation, files, training, command line.
 
-    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images, 2 s an outer step
+    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images, 1.4 s an outer step
     python gtn.py --help                           # every flag, config and field
     python gtn.py                                  # embedded glyphs, no download: 2 minutes on two CPU cores
 

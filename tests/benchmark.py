@@ -339,7 +339,8 @@ def measure_memory(base, quick, rounds, device_name):
     keys = ["method", "inner_steps", "batch_size", "base", "peak", "images"]
     show("memory, MiB", keys, [[r["method"], *(f"{r[key]:.0f}" for key in keys[1:])] for r in rows])
     print(f"T = {wide.inner_steps}, B = {wide.batch_size}: the full graph peaks {ratios['memory']:.2f} times higher, "
-          f"{ratios['memory_beyond_base']:.2f} times beyond the base; one-step segments take {ratios['time']:.2f} of its time")  # fmt: skip
+          f"{ratios['memory_beyond_base']:.2f} times beyond the base; "
+          f"one-step segments take {ratios['time']:.2f} of its time")  # fmt: skip
     return {"rows": rows, "wide": ratios | {"seconds": {kind: methods[kind]["seconds"] for kind in kinds}}}
 
 
