@@ -540,16 +540,6 @@ class Unpool(torch.autograd.Function):
         return u.flatten(1, 2).gather(1, index.flatten(1, 2)).view_as(index).permute(0, 3, 1, 2), None, None
 
 
-def max_pool(x):
-    """2x2 max pooling of x [N, C, H, W]."""
-    return MaxPool.apply(x)
-
-
-def average_pool(x):
-    """2x2 average pooling of x [N, C, H, W]."""
-    return F.avg_pool2d(x, 2)
-
-
 class Normalize(torch.autograd.Function):
     """z * scale + shift, where z = (x - mean) * factor, factor = 1 / sqrt(variance + 1e-5), over `dims` of x.
 
@@ -631,10 +621,11 @@ def learner(theta, images, architecture, reference=None):
     x, statistics = images, len(images)
     if architecture.normalization == "batch" and reference is not None:
         x, statistics = torch.cat([reference, images]), len(reference)
-    pool = max_pool if architecture.pooling == "max" else average_pool
     *blocks, weight, bias = theta
     for i in range(0, len(blocks), 3):
-        x = pool(convolve(x, blocks[i]))  # before normalisation and activation: a quarter of their work
+        x = convolve(x, blocks[i])
+        # pooled before normalisation and activation: a quarter of their work
+        x = MaxPool.apply(x) if architecture.pooling == "max" else F.avg_pool2d(x, 2)
         x = normalize(x, blocks[i + 1], blocks[i + 2], architecture.normalization, statistics)
         x = x * x.detach().sign().clamp_(min=0.01)  # leaky ReLU, as a constant slope: it has no second derivative
     x = (x if statistics == len(x) else x[statistics:]).permute(0, 2, 3, 1)
@@ -732,8 +723,8 @@ def meta_gradient(theta, curriculum, architecture, real, segment):
         if start > 0:  # theta_0 and v_0 are not the teacher's
             inputs = [*first_theta, *first_velocity, *inputs]
         *adjoint, d_images, d_lr, d_momentum = torch.autograd.grad(outputs, inputs, weights)
-        for gradient, part in zip(gradients, (d_images, d_lr, d_momentum), strict=True):
-            gradient[steps] = part
+        for gradient, found in zip(gradients, (d_images, d_lr, d_momentum), strict=True):
+            gradient[steps] = found
         theta, velocity = ([x.detach() for x in state] for state in (first_theta, first_velocity))
         for alpha in curriculum.lr[max(0, start - segment) : start].flip(0):
             theta = [p + alpha * v for p, v in zip(theta, velocity, strict=True)]

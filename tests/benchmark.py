@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -240,7 +241,7 @@ def train_together(thetas, curriculum, architecture):
     """
     operations = {
         "convolve": lambda x, weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2),
-        "max_pool": lambda x: F.max_pool2d(x, 2),
+        "MaxPool": SimpleNamespace(apply=lambda x: F.max_pool2d(x, 2)),
         "normalize": lambda x, scale, shift, kind, statistics: F.group_norm(x, len(scale), scale, shift),
     }
 
