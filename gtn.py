@@ -344,6 +344,23 @@ class Curriculum(NamedTuple):
         return self._replace(images=self.images.flatten(0, 1)[index], labels=self.labels.flatten()[index])
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation of [B, C, ...] by the statistics of these B alone.
+
+    PyTorch's own fails under vmap on CUDA where there is one channel.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        dims, shape = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        scale = self.weight.view(shape) * torch.rsqrt(variance + 1e-5)
+        return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
+
+
 def make_generator(config, image_shape):
     """Latent input and one-hot label [B, latent + 10] to images [B, C, H, W] (paper, section 3.1 and appendix).
 
@@ -351,20 +368,19 @@ def make_generator(config, image_shape):
     """
     channels, height, width = image_shape
     wide, narrow = config.generator_filters, max(1, config.generator_filters // 2)
-    norm = {"track_running_stats": False}  # the statistics of the inner step's batch: a function of phi alone
     return nn.Sequential(
         nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
-        nn.BatchNorm1d(config.hidden_size, **norm),
+        BatchNorm(config.hidden_size),
         nn.LeakyReLU(0.1),
         nn.Linear(config.hidden_size, wide * (height // 4) * (width // 4)),
         nn.Unflatten(1, (wide, height // 4, width // 4)),
-        nn.BatchNorm2d(wide, **norm),
+        BatchNorm(wide),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(narrow, **norm),
+        BatchNorm(narrow),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(narrow, channels, 4, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(channels, **norm),  # ours: without it most pixels soon saturate
+        BatchNorm(channels),  # ours: without it most pixels soon saturate
         nn.Tanh(),
     )
 
@@ -501,9 +517,9 @@ class WeightGradient(torch.autograd.Function):
 
 def convolve(x, weight):
     """Convolution with zero padding that keeps the size."""
-    if x.shape[1] > 3:
+    if x.shape[1] > 3 or x.is_cuda:
         return Convolution.apply(x, weight)
-    # Few channels: as matrix products, which leave the result channels-last as the kernels downstream want it;
+    # Few channels on a CPU: as matrix products, which leave the result channels-last as the kernels downstream want it;
     # a product for each image, for one of all of them would take its gradient in the weight on a single core.
     patches = F.unfold(x, weight.shape[-1], padding=weight.shape[-1] // 2).transpose(1, 2)
     products = torch.bmm(patches, weight.flatten(1).t().expand(len(x), -1, -1))
