@@ -213,8 +213,8 @@ def train_classifier(data, steps=300):
     """(parameters, architecture, validation accuracy) of a small network trained with Adam on real images."""
     architecture = gtn.Architecture((16, 32), (3, 3))
     with gtn.seeded(0):
-        theta = gtn.leaves(gtn.init_learner(architecture, data.train.images.shape[1:], data.mean.device))
-        adam = torch.optim.Adam(theta, 0.003)
+        theta = gtn.leaf(gtn.init_learner(architecture, data.train.images.shape[1:], data.mean.device))
+        adam = torch.optim.Adam([theta], 0.003)
         for _ in range(steps):
             images, labels = gtn.sample(data.train, 64)
             adam.zero_grad()
@@ -227,7 +227,7 @@ def train_classifier(data, steps=300):
 @torch.no_grad()
 def confidence(theta, architecture, curriculum):
     """Mean probability that a network gives to the labels of each inner step's images: [T]."""
-    images, labels = (x.to(theta[0].device) for x in (curriculum.images, curriculum.labels))
+    images, labels = (x.to(theta.device) for x in (curriculum.images, curriculum.labels))
     logits = torch.stack([gtn.learner(theta, batch, architecture) for batch in images])
     return logits.softmax(2).gather(2, labels[..., None]).mean((1, 2)).cpu().numpy()
 

@@ -451,7 +451,8 @@ def sample_architecture(config):
 
 
 def parameter_shapes(architecture, image_shape):
-    """Shapes of theta: for each block weight, scale, shift; then the linear layer's weight and bias.
+    """Shapes of what theta holds: for each block weight, scale, shift; then the linear layer's weight and bias, that
+    weight's columns in the order height, width, channel.
 
     Raises InputError where the pooling of that many blocks leaves too little of the image.
     """
@@ -465,19 +466,31 @@ def parameter_shapes(architecture, image_shape):
     return [*shapes, (CLASSES, channels * height * width), (CLASSES,)]
 
 
+def parameters(theta, architecture, image_shape):
+    """Views of theta [P] as `parameter_shapes` has them; convolutions' weights are channels-last."""
+    shapes = parameter_shapes(architecture, image_shape)
+    views = []
+    for part, shape in zip(theta.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+        if len(shape) == 4:
+            filters, channels, *kernel = shape
+            views.append(part.view(filters, *kernel, channels).permute(0, 3, 1, 2))
+        else:
+            views.append(part.view(shape))
+    return views
+
+
 def init_learner(architecture, image_shape, device="cpu", dtype=torch.float32):
-    """theta_0, a list of tensors: Kaiming normal convolutions, scales of one, the rest zero.
+    """theta_0 [P], one vector: Kaiming normal convolutions, scales of one, the rest zero.
 
     The linear layer's weights too, where the paper has Kaiming's: with them config B is at 0.906, not 0.927, after 150
     outer steps (validation accuracy, 10 learners, seed 0).
     """
-    theta, shapes = [], parameter_shapes(architecture, image_shape)
-    for i, shape in enumerate(shapes):
-        p = torch.full(shape, float(i % 3 == 1 and i < len(shapes) - 1), device=device, dtype=dtype)  # 1: scales
-        if len(shape) == 4:
-            nn.init.kaiming_normal_(p, a=0.01)  # the learner's leaky ReLU
-            p = p.contiguous(memory_format=torch.channels_last)
-        theta.append(p)
+    size = sum(map(math.prod, parameter_shapes(architecture, image_shape)))
+    theta = torch.zeros(size, device=device, dtype=dtype)
+    *blocks, _, _ = parameters(theta, architecture, image_shape)
+    for weight, scale in zip(blocks[::3], blocks[1::3], strict=True):
+        nn.init.kaiming_normal_(weight, a=0.01)  # the learner's leaky ReLU
+        nn.init.ones_(scale)
     return theta
 
 
@@ -599,8 +612,8 @@ class NormalizeGradient(torch.autograd.Function):
     @staticmethod
     def means(x, dims):
         """Sums over pixels, [N, C, 1, 1], to means over `dims` of x."""
-        count = math.prod(x.shape[d] for d in dims)
-        return lambda total: total.sum(dims, keepdim=True) / count
+        count, others = math.prod(x.shape[d] for d in dims), [d for d in dims if d < 2]
+        return lambda total: (total.sum(others, keepdim=True) if others else total) / count
 
     @staticmethod
     def backward(context, u, u_scale, u_shift):
@@ -637,16 +650,15 @@ def learner(theta, images, architecture, reference=None):
     x, statistics = images, len(images)
     if architecture.normalization == "batch" and reference is not None:
         x, statistics = torch.cat([reference, images]), len(reference)
-    *blocks, weight, bias = theta
+    *blocks, weight, bias = parameters(theta, architecture, images.shape[1:])
     for i in range(0, len(blocks), 3):
         x = convolve(x, blocks[i])
         # pooled before normalisation and activation: a quarter of their work
         x = MaxPool.apply(x) if architecture.pooling == "max" else F.avg_pool2d(x, 2)
         x = normalize(x, blocks[i + 1], blocks[i + 2], architecture.normalization, statistics)
         x = x * x.detach().sign().clamp_(min=0.01)  # leaky ReLU, as a constant slope: it has no second derivative
-    x = (x if statistics == len(x) else x[statistics:]).permute(0, 2, 3, 1)
-    weight = weight.view(CLASSES, -1, *x.shape[1:3]).permute(0, 2, 3, 1)
-    return F.linear(x.flatten(1), weight.flatten(1), bias)
+    x = x if statistics == len(x) else x[statistics:]
+    return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, bias)
 
 
 # ------------------------------------------------------------------- inner loop and meta-gradient
@@ -660,10 +672,10 @@ def learner(theta, images, architecture, reference=None):
 #   meta-gradient                      dL/dphi, through theta_T, ..., theta_1
 
 
-def sgd(theta, velocity, gradients, lr, momentum):
+def sgd(theta, velocity, gradient, lr, momentum):
     """One step of SGD with momentum as a pure function: (theta, velocity), as torch.optim.SGD computes it."""
-    velocity = [momentum * v + g for v, g in zip(velocity, gradients, strict=True)]
-    return [p - lr * v for p, v in zip(theta, velocity, strict=True)], velocity
+    velocity = momentum * velocity + gradient
+    return theta - lr * velocity, velocity
 
 
 def unroll(theta, velocity, curriculum, architecture, create_graph=False):
@@ -675,29 +687,30 @@ def unroll(theta, velocity, curriculum, architecture, create_graph=False):
     for images, labels, lr, momentum in zip(*curriculum, strict=True):
         logits = learner(theta, images, architecture)
         loss = F.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, theta, create_graph=create_graph)
-        theta, velocity = sgd(theta, velocity, gradients, lr, momentum)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph)
+        theta, velocity = sgd(theta, velocity, gradient, lr, momentum)
         if not create_graph:
-            theta = leaves(theta)
+            theta = leaf(theta)
         yield theta, velocity
 
 
-def leaves(tensors):
+def leaf(x):
     """The same numbers without history, ready to be differentiated in."""
-    return [x.detach().requires_grad_() for x in tensors]
+    return x.detach().requires_grad_()
 
 
 def at_rest(theta):
     """The state (theta, velocity) before the first inner step."""
-    return leaves(theta), [torch.zeros_like(p) for p in theta]
+    return leaf(theta), torch.zeros_like(theta)
 
 
 def pulled_from_real(theta, real, architecture, reference):
-    """A learner's loss on real data (a Split) and its gradient in [*theta, reference], the last synthetic batch."""
-    inputs = leaves([*theta, reference])
-    logits = learner(inputs[:-1], real.images, architecture, inputs[-1])
+    """A learner's loss on real data (a Split) and its gradients in theta and reference, the last synthetic batch."""
+    theta, reference = leaf(theta), leaf(reference)
+    logits = learner(theta, real.images, architecture, reference)
     loss = F.cross_entropy(logits, real.labels)
-    return loss.detach(), torch.autograd.grad(loss, inputs, materialize_grads=True)  # zero for a reference not read
+    gradients = torch.autograd.grad(loss, (theta, reference), materialize_grads=True)  # zero if it is not read
+    return loss.detach(), *gradients
 
 
 def meta_gradient(theta, curriculum, architecture, real, segment):
@@ -709,43 +722,35 @@ def meta_gradient(theta, curriculum, architecture, real, segment):
     segment >= T is the plain full graph; same numbers, to rounding.
     """
     T, losses_taken, curriculum = len(real), sum(batch is not None for batch in real), curriculum.detach()
-    start = (T - 1) // segment * segment  # of the last segment
-    # v_0, ..., v_start, allocated at once: strewn among a step's tensors they would break up the free memory
-    velocities = [[torch.zeros_like(p) for p in theta] for _ in range(start + 1)]
-    theta, states = leaves(theta), unroll(*at_rest(theta), curriculum, architecture)
-    for kept in velocities[1:]:
-        theta, velocity = next(states)
-        for v, value in zip(kept, velocity, strict=True):
-            v.copy_(value)
+    starts = range(0, T, segment)
+    velocities = theta.new_zeros(starts[-1] + 1, len(theta))  # v_0, v_1, ... up to the last segment's first
+    theta, states = leaf(theta), unroll(*at_rest(theta), curriculum, architecture)
+    for t in range(starts[-1]):
+        theta, velocities[t + 1] = next(states)
 
-    meta_loss, adjoint, velocity = 0, [torch.zeros_like(p) for p in theta] * 2, velocities.pop()
+    meta_loss, adjoint = 0, [torch.zeros_like(theta)] * 2
     gradients = [torch.empty_like(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)]
-    while start >= 0:
+    for start in reversed(starts):
         steps = slice(start, start + segment)
-        first_theta, first_velocity = leaves(theta), leaves(velocity)
+        first = leaf(theta), leaf(velocities[start])
         images, labels, lr, momentum = (x[steps] for x in curriculum)
-        images, lr, momentum = inputs = leaves([images, lr, momentum])
+        images, lr, momentum = inputs = leaf(images), leaf(lr), leaf(momentum)
         part = Curriculum(images, labels, lr, momentum)
         outputs, weights = [], []
-        states = unroll(first_theta, first_velocity, part, architecture, create_graph=True)
+        states = unroll(*first, part, architecture, create_graph=True)
         for state, reference, batch in zip(states, images, real[steps], strict=True):
             if batch:  # first-order, so that its graph need not wait for the second sweep
-                loss, pulled = pulled_from_real(state[0], batch, architecture, reference)
+                loss, *pulled = pulled_from_real(state[0], batch, architecture, reference)
                 meta_loss = meta_loss + loss / losses_taken
-                outputs += [*state[0], reference]
+                outputs += [state[0], reference]
                 weights += [g / losses_taken for g in pulled]
-        outputs += [*state[0], *state[1]]
-        weights += adjoint
         if start > 0:  # theta_0 and v_0 are not the teacher's
-            inputs = [*first_theta, *first_velocity, *inputs]
-        *adjoint, d_images, d_lr, d_momentum = torch.autograd.grad(outputs, inputs, weights)
+            inputs = *first, *inputs
+        *adjoint, d_images, d_lr, d_momentum = torch.autograd.grad([*outputs, *state], inputs, [*weights, *adjoint])
         for gradient, found in zip(gradients, (d_images, d_lr, d_momentum), strict=True):
             gradient[steps] = found
-        theta, velocity = ([x.detach() for x in state] for state in (first_theta, first_velocity))
-        for alpha in curriculum.lr[max(0, start - segment) : start].flip(0):
-            theta = [p + alpha * v for p, v in zip(theta, velocity, strict=True)]
-            velocity = velocities.pop()
-        start -= segment
+        for t in reversed(range(max(0, start - segment), start)):
+            theta = theta.detach() + curriculum.lr[t] * velocities[t + 1]
     return meta_loss, *gradients
 
 

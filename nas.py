@@ -130,8 +130,8 @@ def train_fully(data, architecture, steps, seed, repeat):
     with gtn.seeded(seed, 4, repeat, *key(architecture)):
         theta = gtn.init_learner(architecture, data.train.images.shape[1:], device, data.mean.dtype)
         epochs = [torch.randperm(images, device=device) for _ in range(math.ceil(steps * BATCH / images))]
-    theta, batches = gtn.leaves(theta), torch.cat(epochs)[: steps * BATCH].view(steps, BATCH)
-    optimizer = torch.optim.AdamW(theta, PEAK_LR, weight_decay=DECAY)
+    theta, batches = gtn.leaf(theta), torch.cat(epochs)[: steps * BATCH].view(steps, BATCH)
+    optimizer = torch.optim.AdamW([theta], PEAK_LR, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     for index in batches:
         logits = gtn.learner(theta, data.train.images[index], architecture)

@@ -53,14 +53,16 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}
 
 def module(theta, architecture):
     """`gtn.learner` (max pooling, instance normalisation) as an nn.Module that starts at theta."""
-    layers, channels = [], IMAGE_SHAPE[0]
+    layers, (channels, height, width) = [], IMAGE_SHAPE
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         layers += [nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False), nn.MaxPool2d(2)]
         layers += [nn.GroupNorm(filters, filters), nn.LeakyReLU(0.01)]
-        channels = filters
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(theta[-2].shape[1], gtn.CLASSES)).to(theta[0])
+        channels, height, width = filters, height // 2, width // 2
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, gtn.CLASSES)).to(theta)
+    *values, weight, bias = gtn.parameters(theta, architecture, IMAGE_SHAPE)
+    weight = weight.view(gtn.CLASSES, height, width, channels).permute(0, 3, 1, 2).flatten(1)  # as nn.Flatten has it
     with torch.no_grad():
-        for p, value in zip(network.parameters(), theta, strict=True):
+        for p, value in zip(network.parameters(), [*values, weight, bias], strict=True):
             p.copy_(value)
     return network
 
@@ -70,7 +72,7 @@ def higher_meta_gradient(theta, curriculum, architecture, real, segment):
     import higher
 
     network = module(theta, architecture)
-    images, lr, momentum = inputs = gtn.leaves([curriculum.images, curriculum.lr, curriculum.momentum])
+    images, lr, momentum = inputs = [gtn.leaf(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)]
     losses = []
     with higher.innerloop_ctx(network, torch.optim.SGD(network.parameters(), lr=1, momentum=1)) as (learner, sgd):
         for x, y, alpha, mu, batch in zip(images, curriculum.labels, lr, momentum, real, strict=True):
@@ -86,7 +88,7 @@ def torchopt_meta_gradient(theta, curriculum, architecture, real, segment):
     import torchopt
 
     network = module(theta, architecture)
-    images, lr, momentum = inputs = gtn.leaves([curriculum.images, curriculum.lr, curriculum.momentum[0]])
+    images, lr, momentum = inputs = [gtn.leaf(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum[0])]
     sgd = torchopt.MetaSGD(network, lr=lr.take, momentum=momentum)  # lr: a schedule, called with the step's number
     losses = []
     for x, y, batch in zip(images, curriculum.labels, real, strict=True):
@@ -235,7 +237,7 @@ def memory(config, method, device_name):
 
 
 def train_together(thetas, curriculum, architecture):
-    """theta_T of learners that start at `thetas`, as `gtn.train_learner` gives it, each tensor stacked [K, ...].
+    """theta_T [K, P] of learners that start at `thetas`, as `gtn.train_learner` gives it.
 
     With PyTorch's own convolution, pooling and normalisation: torch.func cannot map gtn's.
     """
@@ -249,7 +251,7 @@ def train_together(thetas, curriculum, architecture):
         return F.cross_entropy(gtn.learner(theta, images, architecture), labels)
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
-    theta, velocity = gtn.at_rest([torch.stack(tensors) for tensors in zip(*thetas, strict=True)])
+    theta, velocity = gtn.at_rest(torch.stack(thetas))
     with mock.patch.multiple(gtn, **operations), torch.no_grad():
         for images, labels, lr, momentum in zip(*curriculum, strict=True):
             theta, velocity = gtn.sgd(theta, velocity, gradient(theta, images, labels), lr, momentum)
@@ -268,10 +270,10 @@ def vectorized(config, rounds, device_name, learners=8):
 
     def one_after_another():
         trained = [gtn.train_learner(theta, curriculum, architecture) for theta in thetas]
-        return map(torch.stack, zip(*trained, strict=True))
+        return torch.stack(trained)
 
     together = functools.partial(train_together, thetas, curriculum, architecture)
-    a, b = (torch.cat([p.detach().flatten() for p in train()]) for train in (together, one_after_another))
+    a, b = (train().detach() for train in (together, one_after_another))
     difference = float((a - b).norm() / b.norm())
     if not difference <= 1e-2:
         raise gtn.InputError(f"learners trained together differ by {difference:.1e} from those trained alone")

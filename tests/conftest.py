@@ -37,7 +37,7 @@ def tiny(normalization="instance", **changes):
     teacher = gtn.Teacher(config, (1, 8, 8)).double()
     architecture = gtn.sample_architecture(config)
     theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
-    theta = [p + 0.1 * torch.randn_like(p) for p in theta]  # no zeros or ones that would hide a wrong derivative
+    theta += 0.1 * torch.randn_like(theta)  # no zeros or ones that would hide a wrong derivative
     return teacher, data, theta, architecture, gtn.meta_batches(data, config)
 
 

@@ -24,14 +24,14 @@ def finite_differences(teacher, data, theta, architecture, real, step=1e-6):
     """{name: central differences of the meta-loss in every coordinate}; the meta-loss written out once more."""
 
     def meta_loss():
-        curriculum, velocity, losses = teacher(data).detach(), [torch.zeros_like(p) for p in theta], []
+        curriculum, velocity, losses = teacher(data).detach(), torch.zeros_like(theta), []
         weights = theta
         for t in range(len(real)):
-            weights = gtn.leaves(weights)
+            weights = weights.detach().requires_grad_()
             logits = gtn.learner(weights, curriculum.images[t], architecture)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, curriculum.labels[t]), weights)
-            velocity = [curriculum.momentum[t] * v + g for v, g in zip(velocity, gradients, strict=True)]
-            weights = [(w - curriculum.lr[t] * v).detach() for w, v in zip(weights, velocity, strict=True)]
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, curriculum.labels[t]), weights)
+            velocity = curriculum.momentum[t] * velocity + gradient
+            weights = (weights - curriculum.lr[t] * velocity).detach()
             if real[t]:
                 logits = gtn.learner(weights, real[t].images, architecture, reference=curriculum.images[t])
                 losses.append(F.cross_entropy(logits, real[t].labels))
@@ -103,22 +103,20 @@ def test_meta_loss_every_counts_from_the_last_inner_step(tiny_problem):
 
 def test_inner_optimizer_equals_torch_sgd():
     torch.manual_seed(0)
-    theta = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
-    velocity, reference = [torch.zeros_like(p) for p in theta], [p.clone().requires_grad_() for p in theta]
-    optimizer = torch.optim.SGD(reference, lr=0.07, momentum=0.8)
+    theta = torch.randn(12, dtype=torch.float64)
+    velocity, reference = torch.zeros_like(theta), theta.clone().requires_grad_()
+    optimizer = torch.optim.SGD([reference], lr=0.07, momentum=0.8)
     for _ in range(5):
-        gradients = [torch.randn_like(p) for p in theta]
-        theta, velocity = gtn.sgd(theta, velocity, gradients, 0.07, 0.8)
-        for p, g in zip(reference, gradients, strict=True):
-            p.grad = g.clone()
+        gradient = torch.randn_like(theta)
+        theta, velocity = gtn.sgd(theta, velocity, gradient, 0.07, 0.8)
+        reference.grad = gradient
         optimizer.step()
-        for p, q in zip(theta, reference, strict=True):
-            torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(theta, reference.detach(), rtol=0, atol=1e-12)
 
 
-def as_module(theta, architecture):
+def as_module(theta, architecture, image_shape):
     """The same learner in plain PyTorch."""
-    layers, channels = [], theta[0].shape[1]
+    layers, (channels, height, width) = [], image_shape
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         norm = {
             "layer": nn.GroupNorm(1, filters), "instance": nn.InstanceNorm2d(filters, affine=True),
@@ -126,9 +124,11 @@ def as_module(theta, architecture):
         }[architecture.normalization]  # fmt: skip
         pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
         layers += [nn.Conv2d(channels, filters, kernel, padding="same", bias=False), pool, norm, nn.LeakyReLU(0.01)]
-        channels = filters
-    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(theta[-2].shape[1], 10)).double()
-    for parameter, value in zip(module.parameters(), theta, strict=True):
+        channels, height, width = filters, height // 2, width // 2
+    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, 10)).double()
+    *values, weight, bias = gtn.parameters(theta, architecture, image_shape)
+    weight = weight.view(10, height, width, channels).permute(0, 3, 1, 2).flatten(1)  # as nn.Flatten has it
+    for parameter, value in zip(module.parameters(), [*values, weight, bias], strict=True):
         parameter.data.copy_(value)
     return module
 
@@ -141,11 +141,11 @@ def as_module(theta, architecture):
 def test_learner_is_the_network_it_says(normalization, channels, filters, kernels, pooling):
     torch.manual_seed(0)
     architecture = gtn.Architecture(filters, kernels, pooling, normalization)
-    theta = [
-        p + 0.1 * torch.randn_like(p) for p in gtn.init_learner(architecture, (channels, 16, 16), dtype=torch.float64)
-    ]
-    images = torch.randn(6, channels, 16, 16, dtype=torch.float64)
-    expected = as_module(theta, architecture)(images)
+    image_shape = (channels, 16, 16)
+    theta = gtn.init_learner(architecture, image_shape, dtype=torch.float64)
+    theta += 0.1 * torch.randn_like(theta)
+    images = torch.randn(6, *image_shape, dtype=torch.float64)
+    expected = as_module(theta, architecture, image_shape)(images)
     torch.testing.assert_close(gtn.learner(theta, images, architecture), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -157,8 +157,7 @@ def test_sampled_learners_have_the_parameters_of_their_size():
         architecture = gtn.sample_architecture(config)
         (f1, f2) = architecture.filters
         seen.update([f1, -f2])
-        count = sum(p.numel() for p in gtn.init_learner(architecture, (1, 28, 28)))
-        assert count == (9 * f1 + 2 * f1) + (9 * f1 * f2 + 2 * f2) + (10 * 49 * f2 + 10)
+        assert len(gtn.init_learner(architecture, (1, 28, 28))) == (9 * f1 + 2 * f1) + (9 * f1 * f2 + 2 * f2) + (10 * 49 * f2 + 10)
     assert {32, 63, -64, -127} <= seen  # both ends included
     assert min(-x for x in seen if x < 0) == 64
     assert max(x for x in seen if x > 0) == 63
@@ -166,7 +165,10 @@ def test_sampled_learners_have_the_parameters_of_their_size():
 
 def test_initialisation():
     torch.manual_seed(0)
-    conv1, scale, shift, conv2, _, _, weight, bias = gtn.init_learner(gtn.Architecture((64, 128), (3, 3)), (1, 28, 28))
+    architecture, image_shape = gtn.Architecture((64, 128), (3, 3)), (1, 28, 28)
+    theta = gtn.init_learner(architecture, image_shape)
+    conv1, scale, shift, conv2, _, _, weight, bias = gtn.parameters(theta, architecture, image_shape)
+    assert conv2.is_contiguous(memory_format=torch.channels_last)
     gain = 2 / (1 + 0.01**2)
     assert conv1.var().item() == pytest.approx(gain / 9, rel=0.15)
     assert conv2.var().item() == pytest.approx(gain / (9 * 64), rel=0.02)
@@ -308,7 +310,7 @@ def test_a_replayed_graph_is_the_ordinary_step(tiny_problem, variant):
 def test_an_unroll_without_graph_keeps_none(tiny_problem):
     teacher, data, theta, architecture, _ = tiny_problem()
     for state in gtn.unroll(*gtn.at_rest(theta), teacher(data).detach(), architecture):
-        assert all(p.grad_fn is None for part in state for p in part)
+        assert all(part.grad_fn is None for part in state)
 
 
 def test_learning_rate_follows_the_cosine(tiny_problem):
@@ -359,7 +361,7 @@ def test_fresh_learners_depend_on_their_number_alone(tiny_problem):
     theta, _, architecture = gtn.fresh_learner(teacher, data, 3)
     shuffled, _, other = gtn.fresh_learner(teacher, data, 3, "all-shuffled")
     assert architecture == other
-    assert all(torch.equal(p, q) for p, q in zip(theta, shuffled, strict=True))
+    assert torch.equal(theta, shuffled)
 
 
 def test_accuracy_and_its_curve(tiny_problem):
