@@ -144,7 +144,7 @@ class Config:
     cuda_graph: bool = setting(True, "CUDA: replay a learner's meta-gradient as one graph; not if filters are sampled",
                                SWITCH)  # fmt: skip
     # bookkeeping
-    validate_every: int = setting(25, "outer steps", COUNT)
+    validate_every: int = setting(100, "outer steps", COUNT)
     validation_learners: int = setting(2, "fresh learners per validation", COUNT)
     validation_images: int = setting(2000, "images per validation", COUNT)
     test_learners: int = setting(10, "fresh learners for the test accuracy at the end", COUNT)
@@ -560,13 +560,20 @@ class Unpool(torch.autograd.Function):
     @staticmethod
     def forward(context, d_pooled, index, size):
         context.save_for_backward(index)
-        return F.max_unpool2d(d_pooled, index, 2, output_size=size)
+        d_pooled, index = Unpool.by_pixel(d_pooled), Unpool.by_pixel(index)
+        zeros = d_pooled.new_zeros(len(index), size.numel(), index.shape[2])
+        return zeros.scatter_(1, index, d_pooled).unflatten(1, size).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def by_pixel(x):
+        """[N, C, H, W] to [N, H * W, C], which channels-last memory is."""
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
 
     @staticmethod
     def backward(context, u):
         (index,) = context.saved_tensors
-        u, index = (x.permute(0, 2, 3, 1) for x in (u, index))
-        return u.flatten(1, 2).gather(1, index.flatten(1, 2)).view_as(index).permute(0, 3, 1, 2), None, None
+        u = Unpool.by_pixel(u).gather(1, Unpool.by_pixel(index))
+        return u.unflatten(1, index.shape[2:]).permute(0, 3, 1, 2), None, None
 
 
 class Normalize(torch.autograd.Function):
@@ -600,34 +607,41 @@ class NormalizeGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(context, h, x, z, factor, scale, dims):
-        sums = h.sum((2, 3), keepdim=True), (h * z).sum((2, 3), keepdim=True)  # [N, C, 1, 1]
-        mean = NormalizeGradient.means(x, dims)
-        g_mean, gz_mean = (mean(scale * total) for total in sums)
-        context.save_for_backward(h, x, z, factor, scale, *sums, g_mean, gz_mean)
+        sums = torch.stack([NormalizeGradient.sum(y) for y in (h, h * z)])  # [2, N, C, 1, 1]
+        means = NormalizeGradient.mean(scale * sums, x, dims)  # of g and g * z
+        context.save_for_backward(h, x, z, factor, scale, sums, means)
         context.dims = dims
-        d_x = torch.addcmul(-factor * g_mean, h, factor * scale).addcmul_(z, -factor * gz_mean)
-        d_shift, d_scale = (total.sum(0) for total in sums)
+        g_mean, gz_mean = factor * means
+        d_x = torch.addcmul(-g_mean, h, factor * scale).addcmul_(z, gz_mean, value=-1)
+        d_shift, d_scale = sums.sum(1)
         return d_x, d_scale, d_shift
 
     @staticmethod
-    def means(x, dims):
-        """Sums over pixels, [N, C, 1, 1], to means over `dims` of x."""
-        count, others = math.prod(x.shape[d] for d in dims), [d for d in dims if d < 2]
-        return lambda total: (total.sum(others, keepdim=True) if others else total) / count
+    def sum(x):
+        """Over the pixels of an image: [N, C, 1, 1]."""
+        return x.sum((2, 3), keepdim=True)
+
+    @staticmethod
+    def mean(sums, x, dims):
+        """Sums over pixels, [K, N, C, 1, 1], to means over `dims` of x."""
+        others = [1 + d for d in dims if d < 2]
+        return (sums.sum(others, keepdim=True) if others else sums) / math.prod(x.shape[d] for d in dims)
 
     @staticmethod
     def backward(context, u, u_scale, u_shift):
-        h, x, z, factor, scale, h_sum, hz_sum, g_mean, gz_mean = context.saved_tensors
-        mean = NormalizeGradient.means(x, context.dims)
-        u_sum, uz_sum, uh_sum = (y.sum((2, 3), keepdim=True) for y in (u, u * z, u * h))
-        u_mean, uz_mean = mean(u_sum), mean(uz_sum)
-        d_scale = (factor * (uh_sum - u_mean * h_sum - uz_mean * hz_sum)).sum(0)
-        weight = factor * scale
-        d_h = torch.addcmul(u_shift - weight * u_mean, u, weight).addcmul_(z, u_scale - weight * uz_mean)
-        rest = mean(scale * uh_sum) - u_mean * g_mean - 3 * uz_mean * gz_mean
-        constant = factor * (uz_mean * g_mean + gz_mean * u_mean) - mean(u_scale * h_sum)
-        d_x = torch.addcmul(factor * constant, h, factor * (u_scale - weight * uz_mean))
-        d_x.addcmul_(u, -gz_mean * factor.square()).addcmul_(z, -factor * (factor * rest + mean(u_scale * hz_sum)))
+        h, x, z, factor, scale, sums, means = context.saved_tensors
+        uh_sum = NormalizeGradient.sum(u * h)
+        u_sums = [NormalizeGradient.sum(u), NormalizeGradient.sum(u * z), scale * uh_sum]
+        u_means = NormalizeGradient.mean(torch.stack(u_sums), x, context.dims)
+        u_means, ug_mean, weight = u_means[:2], u_means[2], factor * scale
+        d_scale = (factor * (uh_sum - (u_means * sums).sum(0))).sum(0)
+        u_shift, u_scale_left = torch.stack([u_shift, u_scale])[:, None] - weight * u_means
+        d_h = torch.addcmul(u_shift, u, weight).addcmul_(z, u_scale_left)
+        like, cross = u_means * means, (u_means * means.flip(0)).sum(0)
+        h_mean, hz_mean = NormalizeGradient.mean(u_scale * sums, x, context.dims)
+        rest = factor * (ug_mean - like[0] - 3 * like[1]) + hz_mean
+        d_x = torch.addcmul(factor * (factor * cross - h_mean), h, factor * u_scale_left)
+        d_x.addcmul_(u, means[1] * factor.square(), value=-1).addcmul_(z, factor * rest, value=-1)
         return d_h, d_x, None, None, d_scale, None
 
 
