@@ -157,7 +157,8 @@ def test_sampled_learners_have_the_parameters_of_their_size():
         architecture = gtn.sample_architecture(config)
         (f1, f2) = architecture.filters
         seen.update([f1, -f2])
-        assert len(gtn.init_learner(architecture, (1, 28, 28))) == (9 * f1 + 2 * f1) + (9 * f1 * f2 + 2 * f2) + (10 * 49 * f2 + 10)
+        count = len(gtn.init_learner(architecture, (1, 28, 28)))
+        assert count == (9 * f1 + 2 * f1) + (9 * f1 * f2 + 2 * f2) + (10 * 49 * f2 + 10)
     assert {32, 63, -64, -127} <= seen  # both ends included
     assert min(-x for x in seen if x < 0) == 64
     assert max(x for x in seen if x > 0) == 63
@@ -195,6 +196,16 @@ def test_predictions_do_not_depend_on_the_other_images(tiny_problem, normalizati
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
     leaking = gtn.learner(theta, images, architecture)
     assert torch.allclose(leaking, together) == (normalization != "batch")
+
+
+@pytest.mark.parametrize(("shape", "module"), [((6, 5), nn.BatchNorm1d), ((6, 1, 4, 3), nn.BatchNorm2d)])
+def test_batch_norm_is_pytorchs(shape, module):
+    torch.manual_seed(0)
+    ours, theirs = gtn.BatchNorm(shape[1]).double(), module(shape[1], track_running_stats=False).double()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        q.data.copy_(nn.init.normal_(p))
+    x = 3 + torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 
 def test_variants(tiny_problem):
@@ -291,14 +302,32 @@ def test_an_outer_step_draws_by_seed_and_step_alone(tiny_problem):
     assert torch.equal(torch.randn(5), expected)  # and leaves everybody else's numbers alone
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def to_cuda(x):
+    """A tensor, or a tuple of such, on the CUDA device; None stays."""
+    return type(x)(*map(to_cuda, x)) if isinstance(x, tuple) else x if x is None else x.cuda()
+
+
+@on_cuda
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+def test_cuda_gives_the_same_meta_gradient(tiny_problem, normalization):
+    teacher, data, theta, architecture, real = tiny_problem(normalization)
+    _, expected = phi_gradient(teacher, data, theta, architecture, real, 2)
+    real = [to_cuda(batch) for batch in real]
+    _, gradient = phi_gradient(teacher.cuda(), to_cuda(data), theta.cuda(), architecture, real, 2)
+    for name in expected:
+        torch.testing.assert_close(gradient[name].cpu(), expected[name], rtol=1e-8, atol=1e-10)
+
+
+@on_cuda
 @pytest.mark.parametrize("variant", ["learned", "random"])
 def test_a_replayed_graph_is_the_ordinary_step(tiny_problem, variant):
     phi = []
     for replay in (False, True):
         teacher, data, *_ = tiny_problem(variant=variant)
-        teacher = teacher.cuda()
-        data = gtn.Data(*(gtn.Split(*(x.cuda() for x in split)) for split in data[:3]), *(x.cuda() for x in data[3:]))
+        teacher, data = teacher.cuda(), to_cuda(data)
         optimizer = torch.optim.Adam(teacher.parameters())
         learn = gtn.replayed(gtn.teach, teacher, data) if replay else None
         losses = [gtn.outer_step(teacher, optimizer, data, step, learn) for step in range(8)]
