@@ -141,7 +141,7 @@ class Config:
     outer_beta1: float = setting(0.5, "ours: 0.5, better after 25 and 50 outer steps; paper: 0.9", BETA)
     outer_beta2: float = setting(0.999, "Adam's default", BETA)
     learners_per_step: int = setting(1, "fresh learners averaged per outer step, by each rank of torchrun", COUNT)
-    cuda_graph: bool = setting(True, "CUDA: replay a learner's meta-gradient as one graph; not if filters are sampled",
+    cuda_graph: bool = setting(True, "CUDA: replay a learner's meta-gradient as one graph, sampled filters padded",
                                SWITCH)  # fmt: skip
     # bookkeeping
     validate_every: int = setting(100, "outer steps", COUNT)
@@ -443,10 +443,14 @@ class Architecture(NamedTuple):
     normalization: str = "instance"
 
 
+def filter_ranges(config):
+    """(low, high) of each conv block, both ends included."""
+    return [f if isinstance(f, tuple) else (f, f) for f in config.filters]
+
+
 def sample_architecture(config):
-    """An Architecture of the config: its fixed filters, or a new draw from its ranges (both ends included)."""
-    ranges = [f if isinstance(f, tuple) else (f, f) for f in config.filters]
-    filters = tuple(int(torch.randint(low, high + 1, ())) for low, high in ranges)
+    """An Architecture of the config: its fixed filters, or a new draw from its ranges."""
+    filters = tuple(int(torch.randint(low, high + 1, ())) for low, high in filter_ranges(config))
     return Architecture(filters, (3,) * len(filters), normalization=config.normalization)
 
 
@@ -492,6 +496,27 @@ def init_learner(architecture, image_shape, device="cpu", dtype=torch.float32):
         nn.init.kaiming_normal_(weight, a=0.01)  # the learner's leaky ReLU
         nn.init.ones_(scale)
     return theta
+
+
+def padded_learner(config, image_shape, device="cpu", dtype=torch.float32):
+    """(theta_0, Architecture) of a learner of sampled filters, padded with zeros to the widest of its ranges.
+
+    Its shapes are always the same, as a CUDA graph asks, and it is exactly the learner of the sampled filters: where
+    weights, scale and shift of a filter and all that reads it are zero, so are their gradients. Not so with `layer`
+    normalisation, whose means are over the padding too.
+    """
+    ranges = filter_ranges(config)
+    widest = Architecture(tuple(high for _, high in ranges), (3,) * len(ranges), normalization=config.normalization)
+    theta = init_learner(widest, image_shape, device, dtype)
+    *blocks, _, _ = parameters(theta, widest, image_shape)
+    inputs = torch.ones(image_shape[0], device=device, dtype=dtype)
+    for (low, high), weight, scale in zip(ranges, blocks[::3], blocks[1::3], strict=True):
+        kept = torch.arange(high, device=device) < torch.randint(low, high + 1, (), device=device)
+        weight *= inputs[:, None, None] * (len(inputs) / inputs.sum()).sqrt()  # Kaiming's fan-in is what is read
+        weight *= kept[:, None, None, None]
+        scale *= kept
+        inputs = kept.to(dtype)
+    return theta, widest
 
 
 class Convolution(torch.autograd.Function):
@@ -774,11 +799,14 @@ def meta_batches(data, config):
     return [None if (T - t) % every else sample(data.train, config.meta_batch_size) for t in range(1, T + 1)]
 
 
-def teach(teacher, data):
+def teach(teacher, data, padded=False):
     """Train one fresh learner and add its meta-gradient in phi to the .grad of phi; returns the meta-loss."""
-    config, image_shape = teacher.config, data.train.images.shape[1:]
-    architecture = sample_architecture(config)
-    theta = init_learner(architecture, image_shape, data.mean.device, data.mean.dtype)
+    config, place = teacher.config, (data.train.images.shape[1:], data.mean.device, data.mean.dtype)
+    if padded:
+        theta, architecture = padded_learner(config, *place)
+    else:
+        architecture = sample_architecture(config)
+        theta = init_learner(architecture, *place)
     curriculum = teacher(data)
     meta_loss, *gradients = meta_gradient(theta, curriculum, architecture, meta_batches(data, config), config.segment)
     outputs = zip((curriculum.images, curriculum.lr, curriculum.momentum), gradients, strict=True)
@@ -1157,8 +1185,8 @@ def train(config, data, folder, resume=False, stop_after=None, max_minutes=None)
     teacher, optimizer, step, seconds = begin(config, data, folder, resume)
     started, saved, shown = time.monotonic() - seconds, time.monotonic(), {}
     last_step = min(config.outer_steps, stop_after or config.outer_steps)
-    fixed = not any(isinstance(filters, tuple) for filters in config.filters)
-    learn = replayed(teach, teacher, data) if device.type == "cuda" and fixed and config.cuda_graph else None
+    exact = config.normalization != "layer" or all(low == high for low, high in filter_ranges(config))
+    learn = replayed(teach, teacher, data, True) if device.type == "cuda" and config.cuda_graph and exact else None
     unread, read_every = [], 10 if device.type == "cuda" else 1  # reading waits for the device
 
     def log(event, step, **fields):

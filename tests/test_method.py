@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,60 @@ def test_initialisation():
     assert conv2.var().item() == pytest.approx(gain / (9 * 64), rel=0.02)
     assert scale.eq(1).all()
     assert all(p.eq(0).all() for p in (shift, weight, bias))
+
+
+def without_padding(theta, widest, filters, image_shape):
+    """The parameters of a padded learner's own filters: theta of the learner that has these alone."""
+    *blocks, weight, bias = gtn.parameters(theta, widest, image_shape)
+    parts, channels = [], image_shape[0]
+    for f, weights, scale, shift in zip(filters, blocks[::3], blocks[1::3], blocks[2::3], strict=True):
+        parts += [weights[:f, :channels].permute(0, 2, 3, 1), scale[:f], shift[:f]]
+        channels = f
+    parts += [weight.view(10, -1, widest.filters[-1])[..., :channels], bias]
+    return torch.cat([x.flatten() for x in parts])
+
+
+@pytest.mark.parametrize("normalization", ["instance", "batch"])
+def test_a_padded_learner_is_the_learner_without_padding(normalization):
+    """After training, and in its meta-gradient; and its padding stays zero."""
+    torch.manual_seed(0)
+    config = gtn.Config(filters=((2, 5), (1, 4), (3, 6)), normalization=normalization)
+    image_shape, seen = (2, 16, 16), []
+    images, labels = torch.randn(5, 4, *image_shape, dtype=torch.float64), torch.randint(10, (5, 4))
+    lr, momentum = torch.full((5,), 0.05, dtype=torch.float64), torch.full((5,), 0.7, dtype=torch.float64)
+    curriculum = gtn.Curriculum(images, labels, lr, momentum)
+    real = [gtn.Split(images[t].roll(1, 0), labels[t]) for t in range(5)]
+    for _ in range(6):
+        padded, widest = gtn.padded_learner(config, image_shape, dtype=torch.float64)
+        scales = gtn.parameters(padded, widest, image_shape)[1:-2:3]
+        small = widest._replace(filters=tuple(int(scale.sum()) for scale in scales))
+        seen.append(small.filters)
+        theta = without_padding(padded, widest, small.filters, image_shape)
+        expected = gtn.meta_gradient(theta, curriculum, small, real, 2)
+        for x, y in zip(gtn.meta_gradient(padded, curriculum, widest, real, 2), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+        padded = gtn.train_learner(padded, curriculum, widest)
+        theta = gtn.train_learner(theta, curriculum, small)
+        found = without_padding(padded, widest, small.filters, image_shape)
+        torch.testing.assert_close(found, theta, rtol=1e-9, atol=1e-12)
+        assert padded.count_nonzero() == found.count_nonzero()
+    assert len(set(seen)) > 3
+    assert widest.filters == (5, 4, 6)
+
+
+def test_a_padded_learner_starts_as_any():
+    torch.manual_seed(0)
+    config, image_shape, variances, filters = gtn.Config(filters=((8, 40), (50, 90))), (1, 28, 28), [], []
+    for _ in range(200):
+        theta, widest = gtn.padded_learner(config, image_shape)
+        conv1, scale1, _, conv2, scale2, *_ = gtn.parameters(theta, widest, image_shape)
+        f1, f2 = int(scale1.sum()), int(scale2.sum())
+        filters.append((f1, f2))
+        variances.append((conv1[:f1].var().item() * 9, conv2[:f2, :f1].var().item() * 9 * f1))
+    assert np.mean(variances, axis=0) == pytest.approx([2, 2], rel=0.02)
+    for low, high, found in ((8, 40, [f for f, _ in filters]), (50, 90, [f for _, f in filters])):
+        assert low <= min(found) <= low + 1
+        assert high - 1 <= max(found) <= high
 
 
 @pytest.mark.parametrize(("normalization", "deepest"), [("layer", 4), ("batch", 4), ("instance", 3)])
