@@ -5,11 +5,11 @@ A teacher makes synthetic images; a freshly initialised learner trains on them f
 the teacher follows this meta-gradient (the outer step). The file reads in that order: config, data,
 teacher, learner, inner loop and meta-gradient, evaluation, files, training, command line.
 
-    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images, 1.4 s an outer step
-    python gtn.py --help                           # every flag, config and field
     python gtn.py                                  # embedded glyphs, no download: 100 seconds on two CPU cores
+    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images, 1.4 s an outer step there
+    python gtn.py --help                           # every flag, config and field
 
-The last one ends with
+The first one ends with
 
     runs/quick-learned-s0: 240 outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there
       test accuracy, in order        0.965 +- 0.004 (10 fresh learners)
@@ -636,8 +636,8 @@ class NormalizeGradient(torch.autograd.Function):
         means = NormalizeGradient.mean(scale * sums, x, dims)  # of g and g * z
         context.save_for_backward(h, x, z, factor, scale, sums, means)
         context.dims = dims
-        g_mean, gz_mean = factor * means
-        d_x = torch.addcmul(-g_mean, h, factor * scale).addcmul_(z, gz_mean, value=-1)
+        constant, slope = factor * means
+        d_x = torch.addcmul(-constant, h, factor * scale).addcmul_(z, slope, value=-1)
         d_shift, d_scale = sums.sum(1)
         return d_x, d_scale, d_shift
 
