@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CLASSES = 10  # of every data set below
@@ -345,44 +344,70 @@ class Curriculum(NamedTuple):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of [B, C, ...] by the statistics of these B alone.
+    """Batch normalisation of [T * B, C, ...] by the statistics of each inner step's B; images become channels-last."""
 
-    PyTorch's own fails under vmap on CUDA where there is one channel.
-    """
-
-    def __init__(self, channels):
+    def __init__(self, channels, batch_size):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.batch_size = batch_size
 
     def forward(self, x):
-        dims, shape = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
-        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        scale = self.weight.view(shape) * torch.rsqrt(variance + 1e-5)
-        return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
+        y = x.movedim(1, -1)
+        z = y.reshape(len(x) // self.batch_size, -1, y.shape[-1])  # [T, B * pixels, C]
+        z = z.mT.unsqueeze(3)  # one image for each inner step
+        z = normalize(z, self.weight, self.bias, "instance", len(z))
+        return z.squeeze(3).mT.reshape(y.shape).movedim(-1, 1)
 
 
 def make_generator(config, image_shape):
-    """Latent input and one-hot label [B, latent + 10] to images [B, C, H, W] (paper, section 3.1 and appendix).
+    """Latent input and one-hot label [T * B, latent + 10] to images [T * B, C, H, W] (paper, section 3.1, appendix).
 
     Starts at a quarter of the image size; transposed convolutions double it twice.
     """
     channels, height, width = image_shape
+    batch = config.batch_size
     wide, narrow = config.generator_filters, max(1, config.generator_filters // 2)
     return nn.Sequential(
         nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
-        BatchNorm(config.hidden_size),
+        BatchNorm(config.hidden_size, batch),
         nn.LeakyReLU(0.1),
         nn.Linear(config.hidden_size, wide * (height // 4) * (width // 4)),
         nn.Unflatten(1, (wide, height // 4, width // 4)),
-        BatchNorm(wide),
+        BatchNorm(wide, batch),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
-        BatchNorm(narrow),
+        BatchNorm(narrow, batch),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(narrow, channels, 4, stride=2, padding=1, bias=False),
-        BatchNorm(channels),  # ours: without it most pixels soon saturate
+        BatchNorm(channels, batch),  # ours: without it most pixels soon saturate
         nn.Tanh(),
     )
+
+
+class BySegment(torch.autograd.Function):
+    """make(inputs) [T, ...], `size` inner steps at a time; no graph is held, each part is made again for its gradient.
+
+    The gradients of what else `make` reads are added to its .grad at once.
+    """
+
+    @staticmethod
+    def forward(context, inputs, make, size):
+        context.save_for_backward(inputs)
+        context.make, context.size, images = make, size, None
+        for start in range(0, len(inputs), size):
+            part = make(inputs[start : start + size].detach())
+            if images is None:  # a list of parts would leave holes in the heap
+                images = part.new_empty(len(inputs), *part.shape[1:])
+            images[start : start + size] = part
+        return images
+
+    @staticmethod
+    def backward(context, d_images):
+        inputs = leaf(*context.saved_tensors)
+        with torch.enable_grad():
+            for x, d_part in zip(inputs.split(context.size), d_images.split(context.size), strict=True):
+                torch.autograd.backward(context.make(x), d_part)
+        return inputs.grad, None, None
 
 
 class Teacher(nn.Module):
@@ -422,13 +447,16 @@ class Teacher(nn.Module):
         else:
             latent = self.latent
         inputs = torch.cat([latent, F.one_hot(self.labels, CLASSES).to(latent)], 2)
-        make = torch.vmap(lambda x: self.config.image_scale * self.generator(x))  # batch statistics of one inner step
-        if self.config.segment < T:  # hold one segment's graph: checkpoint makes it again when the gradient arrives
-            steps = inputs.split(self.config.segment)
-            images = torch.cat([checkpoint(make, x, use_reentrant=False, preserve_rng_state=False) for x in steps])
+        if self.config.segment < T:
+            images = BySegment.apply(inputs.requires_grad_(), self.make, self.config.segment)
         else:
-            images = make(inputs)
+            images = self.make(inputs)
         return Curriculum(images, self.labels, lr, momentum)
+
+    def make(self, inputs):
+        """The generator's images [T, B, C, H, W] for inputs [T, B, latent + 10] of any number of inner steps."""
+        images = self.generator(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+        return self.config.image_scale * images
 
 
 # ----------------------------------------------------------------------------------------- learner
@@ -585,6 +613,8 @@ class Unpool(torch.autograd.Function):
     @staticmethod
     def forward(context, d_pooled, index, size):
         context.save_for_backward(index)
+        if not d_pooled.is_cuda:  # there it would lose the memory layout
+            return F.max_unpool2d(d_pooled, index, 2, output_size=size)
         d_pooled, index = Unpool.by_pixel(d_pooled), Unpool.by_pixel(index)
         zeros = d_pooled.new_zeros(len(index), size.numel(), index.shape[2])
         return zeros.scatter_(1, index, d_pooled).unflatten(1, size).permute(0, 3, 1, 2)
@@ -743,24 +773,32 @@ def at_rest(theta):
     return leaf(theta), torch.zeros_like(theta)
 
 
-def pulled_from_real(theta, real, architecture, reference):
-    """A learner's loss on real data (a Split) and its gradients in theta and reference, the last synthetic batch."""
-    theta, reference = leaf(theta), leaf(reference)
-    logits = learner(theta, real.images, architecture, reference)
-    loss = F.cross_entropy(logits, real.labels)
-    gradients = torch.autograd.grad(loss, (theta, reference), materialize_grads=True)  # zero if it is not read
-    return loss.detach(), *gradients
+def pulled_from_real(theta, real, rows, architecture, reference):
+    """A learner's loss on rows [N] of real data (a Split) and its gradients in theta and reference, the last synthetic
+    batch; by 128 images at a time, which takes less memory and no more time.
+    """
+    theta, reference, total = leaf(theta), leaf(reference), 0
+    gradients = torch.zeros_like(theta), torch.zeros_like(reference)  # the latter stay zero if it is not read
+    for part in rows.split(128):
+        logits = learner(theta, real.images[part], architecture, reference)
+        loss = F.cross_entropy(logits, real.labels[part], reduction="sum") / len(rows)
+        found = torch.autograd.grad(loss, (theta, reference), materialize_grads=True)
+        for gradient, g in zip(gradients, found, strict=True):
+            gradient += g
+        total = total + loss.detach()
+    return total, *gradients
 
 
-def meta_gradient(theta, curriculum, architecture, real, segment):
+def meta_gradient(theta, curriculum, architecture, real, batches, segment):
     """Meta-loss and its exact gradient in the curriculum: (loss, d images [T, B, C, H, W], d lr [T], d momentum [T]).
 
+    real: a Split; batches: for each inner step the rows [N] of it whose loss is taken, or None.
     By segments, so that memory hardly grows with T: a first sweep trains the learner and keeps only its velocities; a
     second one goes from the last segment to the first, recomputes each with its graph, pulls the adjoint back through
     it, and undoes the steps before it to find where its predecessor began: theta_t = theta_{t+1} + alpha_t v_{t+1}.
     segment >= T is the plain full graph; same numbers, to rounding.
     """
-    T, losses_taken, curriculum = len(real), sum(batch is not None for batch in real), curriculum.detach()
+    T, losses_taken, curriculum = len(batches), sum(rows is not None for rows in batches), curriculum.detach()
     starts = range(0, T, segment)
     velocities = theta.new_zeros(starts[-1] + 1, len(theta))  # v_0, v_1, ... up to the last segment's first
     theta, states = leaf(theta), unroll(*at_rest(theta), curriculum, architecture)
@@ -777,9 +815,9 @@ def meta_gradient(theta, curriculum, architecture, real, segment):
         part = Curriculum(images, labels, lr, momentum)
         outputs, weights = [], []
         states = unroll(*first, part, architecture, create_graph=True)
-        for state, reference, batch in zip(states, images, real[steps], strict=True):
-            if batch:  # first-order, so that its graph need not wait for the second sweep
-                loss, *pulled = pulled_from_real(state[0], batch, architecture, reference)
+        for state, reference, rows in zip(states, images, batches[steps], strict=True):
+            if rows is not None:  # first-order, so that its graph need not wait for the second sweep
+                loss, *pulled = pulled_from_real(state[0], real, rows, architecture, reference)
                 meta_loss = meta_loss + loss / losses_taken
                 outputs += [state[0], reference]
                 weights += [g / losses_taken for g in pulled]
@@ -794,9 +832,12 @@ def meta_gradient(theta, curriculum, architecture, real, segment):
 
 
 def meta_batches(data, config):
-    """For each inner step the real training images of its meta-loss, or None (`meta_loss_every`)."""
-    T, every = config.inner_steps, config.meta_loss_every
-    return [None if (T - t) % every else sample(data.train, config.meta_batch_size) for t in range(1, T + 1)]
+    """For each inner step the rows [N] of the real training data of its meta-loss, or None (`meta_loss_every`)."""
+    T, every, labels = config.inner_steps, config.meta_loss_every, data.train.labels
+    shape = (config.meta_batch_size,)
+    return [
+        None if (T - t) % every else torch.randint(len(labels), shape, device=labels.device) for t in range(1, T + 1)
+    ]
 
 
 def teach(teacher, data, padded=False):
@@ -808,7 +849,8 @@ def teach(teacher, data, padded=False):
         architecture = sample_architecture(config)
         theta = init_learner(architecture, *place)
     curriculum = teacher(data)
-    meta_loss, *gradients = meta_gradient(theta, curriculum, architecture, meta_batches(data, config), config.segment)
+    batches = meta_batches(data, config)
+    meta_loss, *gradients = meta_gradient(theta, curriculum, architecture, data.train, batches, config.segment)
     outputs = zip((curriculum.images, curriculum.lr, curriculum.momentum), gradients, strict=True)
     outputs, gradients = zip(*[(x, g) for x, g in outputs if x.requires_grad], strict=True)  # `real` has no images
     torch.autograd.backward(outputs, gradients)

@@ -67,7 +67,7 @@ def module(theta, architecture):
     return network
 
 
-def higher_meta_gradient(theta, curriculum, architecture, real, segment):
+def higher_meta_gradient(theta, curriculum, architecture, real, batches, segment):
     """`gtn.meta_gradient` by the library higher, which keeps the full graph."""
     import higher
 
@@ -75,15 +75,15 @@ def higher_meta_gradient(theta, curriculum, architecture, real, segment):
     images, lr, momentum = inputs = [gtn.leaf(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)]
     losses = []
     with higher.innerloop_ctx(network, torch.optim.SGD(network.parameters(), lr=1, momentum=1)) as (learner, sgd):
-        for x, y, alpha, mu, batch in zip(images, curriculum.labels, lr, momentum, real, strict=True):
+        for x, y, alpha, mu, rows in zip(images, curriculum.labels, lr, momentum, batches, strict=True):
             sgd.step(F.cross_entropy(learner(x), y), override={"lr": [alpha], "momentum": [mu]})
-            if batch:
-                losses.append(F.cross_entropy(learner(batch.images), batch.labels))
+            if rows is not None:
+                losses.append(F.cross_entropy(learner(real.images[rows]), real.labels[rows]))
     loss = torch.stack(losses).mean()
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def torchopt_meta_gradient(theta, curriculum, architecture, real, segment):
+def torchopt_meta_gradient(theta, curriculum, architecture, real, batches, segment):
     """The same by torchopt, with one momentum for all steps: d momentum [T] is its gradient, divided among them."""
     import torchopt
 
@@ -91,13 +91,13 @@ def torchopt_meta_gradient(theta, curriculum, architecture, real, segment):
     images, lr, momentum = inputs = [gtn.leaf(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum[0])]
     sgd = torchopt.MetaSGD(network, lr=lr.take, momentum=momentum)  # lr: a schedule, called with the step's number
     losses = []
-    for x, y, batch in zip(images, curriculum.labels, real, strict=True):
+    for x, y, rows in zip(images, curriculum.labels, batches, strict=True):
         sgd.step(F.cross_entropy(network(x), y))
-        if batch:
-            losses.append(F.cross_entropy(network(batch.images), batch.labels))
+        if rows is not None:
+            losses.append(F.cross_entropy(network(real.images[rows]), real.labels[rows]))
     loss = torch.stack(losses).mean()
     *gradients, d_momentum = torch.autograd.grad(loss, inputs)
-    return loss.detach(), *gradients, d_momentum.expand(len(real)) / len(real)
+    return loss.detach(), *gradients, d_momentum.expand(len(batches)) / len(batches)
 
 
 LIBRARIES = {"higher": higher_meta_gradient, "torchopt": torchopt_meta_gradient}

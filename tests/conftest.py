@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 
 def tiny(normalization="instance", **changes):
-    """(teacher, data, theta, architecture, real), all float64, 8x8 images."""
+    """(teacher, data, theta, architecture, batches), all float64, 8x8 images."""
     torch.manual_seed(0)
     settings = {
         "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
@@ -43,7 +43,7 @@ def tiny(normalization="instance", **changes):
 
 @pytest.fixture
 def tiny_problem():
-    """A function (normalization, **changes) -> (teacher, data, theta, architecture, real), all float64, 8x8 images."""
+    """A function (normalization, **changes) -> what `tiny` returns."""
     return tiny
 
 

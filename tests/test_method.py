@@ -1,5 +1,6 @@
 """Exact values: meta-gradient, optimizer, learner, teacher, data."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -12,30 +13,31 @@ from torch import nn
 import gtn
 
 
-def phi_gradient(teacher, data, theta, architecture, real, segment):
+def phi_gradient(teacher, data, theta, architecture, batches, segment):
     """Meta-loss and {name: d meta-loss / d parameter of the teacher}, by gtn.meta_gradient."""
+    teacher.config = dataclasses.replace(teacher.config, segment=segment)
+    teacher.zero_grad()
     curriculum = teacher(data)
-    loss, *gradients = gtn.meta_gradient(theta, curriculum, architecture, real, segment)
-    outputs = (curriculum.images, curriculum.lr, curriculum.momentum)
-    names, parameters = zip(*teacher.named_parameters(), strict=True)
-    return loss, dict(zip(names, torch.autograd.grad(outputs, parameters, gradients), strict=True))
+    loss, *gradients = gtn.meta_gradient(theta, curriculum, architecture, data.train, batches, segment)
+    torch.autograd.backward((curriculum.images, curriculum.lr, curriculum.momentum), gradients)
+    return loss, {name: p.grad.clone() for name, p in teacher.named_parameters()}
 
 
-def finite_differences(teacher, data, theta, architecture, real, step=1e-6):
+def finite_differences(teacher, data, theta, architecture, batches, step=1e-6):
     """{name: central differences of the meta-loss in every coordinate}; the meta-loss written out once more."""
 
     def meta_loss():
         curriculum, velocity, losses = teacher(data).detach(), torch.zeros_like(theta), []
         weights = theta
-        for t in range(len(real)):
+        for t, rows in enumerate(batches):
             weights = weights.detach().requires_grad_()
             logits = gtn.learner(weights, curriculum.images[t], architecture)
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, curriculum.labels[t]), weights)
             velocity = curriculum.momentum[t] * velocity + gradient
             weights = (weights - curriculum.lr[t] * velocity).detach()
-            if real[t]:
-                logits = gtn.learner(weights, real[t].images, architecture, reference=curriculum.images[t])
-                losses.append(F.cross_entropy(logits, real[t].labels))
+            if rows is not None:
+                logits = gtn.learner(weights, data.train.images[rows], architecture, reference=curriculum.images[t])
+                losses.append(F.cross_entropy(logits, data.train.labels[rows]))
         return sum(losses) / len(losses)
 
     def difference(coordinates, i):
@@ -98,8 +100,8 @@ def test_segments_equal_the_full_graph(tiny_problem, normalization, variant):
 
 def test_meta_loss_every_counts_from_the_last_inner_step(tiny_problem):
     for every, expected in ((1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])):
-        *_, real = tiny_problem(meta_loss_every=every)
-        assert [t for t, batch in enumerate(real, 1) if batch] == expected
+        *_, batches = tiny_problem(meta_loss_every=every)
+        assert [t for t, rows in enumerate(batches, 1) if rows is not None] == expected
 
 
 def test_inner_optimizer_equals_torch_sgd():
@@ -198,15 +200,18 @@ def test_a_padded_learner_is_the_learner_without_padding(normalization):
     images, labels = torch.randn(5, 4, *image_shape, dtype=torch.float64), torch.randint(10, (5, 4))
     lr, momentum = torch.full((5,), 0.05, dtype=torch.float64), torch.full((5,), 0.7, dtype=torch.float64)
     curriculum = gtn.Curriculum(images, labels, lr, momentum)
-    real = [gtn.Split(images[t].roll(1, 0), labels[t]) for t in range(5)]
+    problem = (
+        gtn.Split(torch.randn(30, *image_shape, dtype=torch.float64), torch.randint(10, (30,))),
+        torch.randint(30, (5, 7)),
+    )
     for _ in range(6):
         padded, widest = gtn.padded_learner(config, image_shape, dtype=torch.float64)
         scales = gtn.parameters(padded, widest, image_shape)[1:-2:3]
         small = widest._replace(filters=tuple(int(scale.sum()) for scale in scales))
         seen.append(small.filters)
         theta = without_padding(padded, widest, small.filters, image_shape)
-        expected = gtn.meta_gradient(theta, curriculum, small, real, 2)
-        for x, y in zip(gtn.meta_gradient(padded, curriculum, widest, real, 2), expected, strict=True):
+        expected = gtn.meta_gradient(theta, curriculum, small, *problem, 2)
+        for x, y in zip(gtn.meta_gradient(padded, curriculum, widest, *problem, 2), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
         padded = gtn.train_learner(padded, curriculum, widest)
         theta = gtn.train_learner(theta, curriculum, small)
@@ -252,14 +257,30 @@ def test_predictions_do_not_depend_on_the_other_images(tiny_problem, normalizati
     assert torch.allclose(leaking, together) == (normalization != "batch")
 
 
-@pytest.mark.parametrize(("shape", "module"), [((6, 5), nn.BatchNorm1d), ((6, 1, 4, 3), nn.BatchNorm2d)])
-def test_batch_norm_is_pytorchs(shape, module):
+@pytest.mark.parametrize(("shape", "module"), [((6, 5), nn.BatchNorm1d), ((6, 2, 4, 3), nn.BatchNorm2d)])
+def test_batch_norm_is_pytorchs_for_each_inner_step(shape, module):
     torch.manual_seed(0)
-    ours, theirs = gtn.BatchNorm(shape[1]).double(), module(shape[1], track_running_stats=False).double()
+    ours, theirs = gtn.BatchNorm(shape[1], 6).double(), module(shape[1], track_running_stats=False).double()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         q.data.copy_(nn.init.normal_(p))
-    x = 3 + torch.randn(shape, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+    steps = 3 + torch.randn(4, *shape, dtype=torch.float64)
+    expected = torch.cat([theirs(x) for x in steps])
+    torch.testing.assert_close(ours(steps.flatten(0, 1)), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
+def test_the_loss_on_many_real_images_is_their_mean(tiny_problem, normalization):
+    """It is taken in parts; so are its gradients in theta and, where it is read, in the last synthetic batch."""
+    _, data, theta, architecture, _ = tiny_problem(normalization)
+    rows, reference = torch.randint(60, (300,)), data.test.images[:8]
+    found = gtn.pulled_from_real(theta, data.train, rows, architecture, reference)
+    inputs = gtn.leaf(theta), gtn.leaf(reference)
+    loss = F.cross_entropy(
+        gtn.learner(inputs[0], data.train.images[rows], architecture, inputs[1]), data.train.labels[rows]
+    )
+    expected = loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
 def test_variants(tiny_problem):
@@ -360,17 +381,17 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 
 def to_cuda(x):
-    """A tensor, or a tuple of such, on the CUDA device; None stays."""
-    return type(x)(*map(to_cuda, x)) if isinstance(x, tuple) else x if x is None else x.cuda()
+    """A tensor, or a tuple of such, on the CUDA device."""
+    return type(x)(*map(to_cuda, x)) if isinstance(x, tuple) else x.cuda()
 
 
 @on_cuda
 @pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
 def test_cuda_gives_the_same_meta_gradient(tiny_problem, normalization):
-    teacher, data, theta, architecture, real = tiny_problem(normalization)
-    _, expected = phi_gradient(teacher, data, theta, architecture, real, 2)
-    real = [to_cuda(batch) for batch in real]
-    _, gradient = phi_gradient(teacher.cuda(), to_cuda(data), theta.cuda(), architecture, real, 2)
+    teacher, data, theta, architecture, batches = tiny_problem(normalization)
+    _, expected = phi_gradient(teacher, data, theta, architecture, batches, 2)
+    batches = [rows if rows is None else rows.cuda() for rows in batches]
+    _, gradient = phi_gradient(teacher.cuda(), to_cuda(data), theta.cuda(), architecture, batches, 2)
     for name in expected:
         torch.testing.assert_close(gradient[name].cpu(), expected[name], rtol=1e-8, atol=1e-10)
 
