@@ -792,11 +792,12 @@ def pulled_from_real(theta, real, rows, architecture, reference):
 def meta_gradient(theta, curriculum, architecture, real, batches, segment):
     """Meta-loss and its exact gradient in the curriculum: (loss, d images [T, B, C, H, W], d lr [T], d momentum [T]).
 
-    real: a Split; batches: for each inner step the rows [N] of it whose loss is taken, or None.
     By segments, so that memory hardly grows with T: a first sweep trains the learner and keeps only its velocities; a
     second one goes from the last segment to the first, recomputes each with its graph, pulls the adjoint back through
     it, and undoes the steps before it to find where its predecessor began: theta_t = theta_{t+1} + alpha_t v_{t+1}.
     segment >= T is the plain full graph; same numbers, to rounding.
+
+    real: a Split; batches: for each inner step the rows [N] of it on which the loss is taken, or None.
     """
     T, losses_taken, curriculum = len(batches), sum(rows is not None for rows in batches), curriculum.detach()
     starts = range(0, T, segment)
@@ -833,11 +834,9 @@ def meta_gradient(theta, curriculum, architecture, real, batches, segment):
 
 def meta_batches(data, config):
     """For each inner step the rows [N] of the real training data of its meta-loss, or None (`meta_loss_every`)."""
-    T, every, labels = config.inner_steps, config.meta_loss_every, data.train.labels
-    shape = (config.meta_batch_size,)
-    return [
-        None if (T - t) % every else torch.randint(len(labels), shape, device=labels.device) for t in range(1, T + 1)
-    ]
+    T, every, n = config.inner_steps, config.meta_loss_every, len(data.train.labels)
+    shape, device = (config.meta_batch_size,), data.mean.device
+    return [None if (T - t) % every else torch.randint(n, shape, device=device) for t in range(1, T + 1)]
 
 
 def teach(teacher, data, padded=False):

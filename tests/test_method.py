@@ -200,10 +200,8 @@ def test_a_padded_learner_is_the_learner_without_padding(normalization):
     images, labels = torch.randn(5, 4, *image_shape, dtype=torch.float64), torch.randint(10, (5, 4))
     lr, momentum = torch.full((5,), 0.05, dtype=torch.float64), torch.full((5,), 0.7, dtype=torch.float64)
     curriculum = gtn.Curriculum(images, labels, lr, momentum)
-    problem = (
-        gtn.Split(torch.randn(30, *image_shape, dtype=torch.float64), torch.randint(10, (30,))),
-        torch.randint(30, (5, 7)),
-    )
+    real = gtn.Split(torch.randn(30, *image_shape, dtype=torch.float64), torch.randint(10, (30,)))
+    problem = real, torch.randint(30, (5, 7))
     for _ in range(6):
         padded, widest = gtn.padded_learner(config, image_shape, dtype=torch.float64)
         scales = gtn.parameters(padded, widest, image_shape)[1:-2:3]
