@@ -354,13 +354,13 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         y = x.movedim(1, -1)
         z = y.reshape(len(x) // self.batch_size, -1, y.shape[-1])  # [T, B * pixels, C]
-        z = z.mT.unsqueeze(3)  # one image for each inner step
+        z = z.mT.unsqueeze(3)  # [T, C, B * pixels, 1], as one image for each inner step
         z = normalize(z, self.weight, self.bias, "instance", len(z))
         return z.squeeze(3).mT.reshape(y.shape).movedim(-1, 1)
 
 
 def make_generator(config, image_shape):
-    """Latent input and one-hot label [T * B, latent + 10] to images [T * B, C, H, W] (paper, section 3.1, appendix).
+    """Latent input and one-hot label [T * B, latent + 10] to images in -1..1 [T * B, C, H, W] (paper, section 3.1).
 
     Starts at a quarter of the image size; transposed convolutions double it twice.
     """
@@ -387,7 +387,7 @@ def make_generator(config, image_shape):
 class BySegment(torch.autograd.Function):
     """make(inputs) [T, ...], `size` inner steps at a time; no graph is held, each part is made again for its gradient.
 
-    The gradients of what else `make` reads are added to its .grad at once.
+    The generator's gradients are added to .grad on the way: for backward(), not torch.autograd.grad.
     """
 
     @staticmethod
@@ -413,7 +413,8 @@ class BySegment(torch.autograd.Function):
 class Teacher(nn.Module):
     """Everything that is meta-learned, phi: generator, latent input, inner learning rate and momentum.
 
-    Called with real data (which only the variant `real` reads) it returns a Curriculum, differentiable in phi.
+    Called with real data (which only the variant `real` reads) it returns a Curriculum, differentiable in phi by
+    backward() (see BySegment).
     """
 
     def __init__(self, config, image_shape):
@@ -613,7 +614,7 @@ class Unpool(torch.autograd.Function):
     @staticmethod
     def forward(context, d_pooled, index, size):
         context.save_for_backward(index)
-        if not d_pooled.is_cuda:  # there it would lose the memory layout
+        if not d_pooled.is_cuda:  # on CUDA it would lose the memory layout
             return F.max_unpool2d(d_pooled, index, 2, output_size=size)
         d_pooled, index = Unpool.by_pixel(d_pooled), Unpool.by_pixel(index)
         zeros = d_pooled.new_zeros(len(index), size.numel(), index.shape[2])
@@ -774,8 +775,8 @@ def at_rest(theta):
 
 
 def pulled_from_real(theta, real, rows, architecture, reference):
-    """A learner's loss on rows [N] of real data (a Split) and its gradients in theta and reference, the last synthetic
-    batch; by 128 images at a time, which takes less memory and no more time.
+    """A learner's loss on rows [N] of real data (a Split) and its gradients in theta and in reference, the synthetic
+    batch it has just learned from; by 128 images at a time, which takes less memory.
     """
     theta, reference, total = leaf(theta), leaf(reference), 0
     gradients = torch.zeros_like(theta), torch.zeros_like(reference)  # the latter stay zero if it is not read
@@ -817,7 +818,7 @@ def meta_gradient(theta, curriculum, architecture, real, batches, segment):
         outputs, weights = [], []
         states = unroll(*first, part, architecture, create_graph=True)
         for state, reference, rows in zip(states, images, batches[steps], strict=True):
-            if rows is not None:  # first-order, so that its graph need not wait for the second sweep
+            if rows is not None:  # first-order and at once: no graph waits for the segment's gradient
                 loss, *pulled = pulled_from_real(state[0], real, rows, architecture, reference)
                 meta_loss = meta_loss + loss / losses_taken
                 outputs += [state[0], reference]
@@ -1408,7 +1409,7 @@ def choose_device(name):
 
 
 def keep_freed_memory():
-    """Let the process keep what it frees (glibc only): giving it back after every tensor costs a third of the time."""
+    """Let the process keep what it frees (glibc only): giving it back after every tensor costs page faults."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
