@@ -449,7 +449,8 @@ class Teacher(nn.Module):
             latent = self.latent
         inputs = torch.cat([latent, F.one_hot(self.labels, CLASSES).to(latent)], 2)
         if self.config.segment < T:
-            images = BySegment.apply(inputs.requires_grad_(), self.make, self.config.segment)
+            inputs.requires_grad_()  # learned or not: else backward() would not reach BySegment, nor the generator
+            images = BySegment.apply(inputs, self.make, self.config.segment)
         else:
             images = self.make(inputs)
         return Curriculum(images, self.labels, lr, momentum)

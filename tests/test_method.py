@@ -87,7 +87,7 @@ def test_finite_differences_notice_a_first_order_meta_gradient(tiny_problem, mon
 
 
 @pytest.mark.parametrize("normalization", gtn.NORMALIZATIONS)
-@pytest.mark.parametrize("variant", ["learned", "pixels"])
+@pytest.mark.parametrize("variant", ["learned", "random_fixed", "pixels"])
 def test_segments_equal_the_full_graph(tiny_problem, normalization, variant):
     teacher, *problem = tiny_problem(normalization, variant=variant, inner_steps=7)
     loss, expected = phi_gradient(teacher, *problem, 7)
