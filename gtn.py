@@ -585,12 +585,14 @@ class WeightGradient(torch.autograd.Function):
 
 def convolve(x, weight):
     """Convolution with zero padding that keeps the size."""
-    if x.shape[1] > 3 or x.is_cuda:
+    if x.shape[1] > 3:
         return Convolution.apply(x, weight)
-    # Few channels on a CPU: as matrix products, which leave the result channels-last as the kernels downstream want it;
-    # a product for each image, for one of all of them would take its gradient in the weight on a single core.
-    patches = F.unfold(x, weight.shape[-1], padding=weight.shape[-1] // 2).transpose(1, 2)
-    products = torch.bmm(patches, weight.flatten(1).t().expand(len(x), -1, -1))
+    # Few channels: as matrix products, which leave the result channels-last as the kernels downstream want it; a
+    # product for each image, for one of all of them would take its gradient in the weight on a single core.
+    kernel, margin = weight.shape[-1], weight.shape[-1] // 2
+    patches = F.pad(x, (margin,) * 4).unfold(2, kernel, 1).unfold(3, kernel, 1)  # [N, C, H, W, K, K]
+    patches = patches.permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2).mT
+    products = torch.bmm(patches, weight.flatten(1).t().contiguous().expand(len(x), -1, -1))
     return products.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -644,7 +646,7 @@ class Normalize(torch.autograd.Function):
         z = x - x.mean(dims, keepdim=True)
         factor = torch.rsqrt(z.square().mean(dims, keepdim=True) + 1e-5)
         z *= factor
-        context.save_for_backward(x, z, factor, scale)
+        context.save_for_backward(x, z, factor, scale, factor * scale)
         context.dims = dims
         return torch.addcmul(shift, z, scale)
 
@@ -659,47 +661,68 @@ class NormalizeGradient(torch.autograd.Function):
     d_x = factor * (g - mean(g) - z * mean(g * z)), d_scale = sum(h * z), d_shift = sum(h).
 
     Its own derivative, in h, scale and (through z and factor) x, is as explicit: sums over an image's pixels, the
-    few numbers that follow from them, and one weighted sum of h, u and z.
+    few numbers that follow from them, and one weighted sum of h, u and z. All means are negated, so that every term
+    is added: an operation spared is a CUDA kernel spared.
     """
 
     @staticmethod
-    def forward(context, h, x, z, factor, scale, dims):
-        sums = torch.stack([NormalizeGradient.sum(y) for y in (h, h * z)])  # [2, N, C, 1, 1]
-        means = NormalizeGradient.mean(scale * sums, x, dims)  # of g and g * z
-        context.save_for_backward(h, x, z, factor, scale, sums, means)
-        context.dims = dims
+    def forward(context, h, x, z, factor, scale, weight, dims):
+        sums = NormalizeGradient.sums(h, h * z)
+        means = NormalizeGradient.minus_means(scale * sums, x, dims)  # of g and g * z
         constant, slope = factor * means
-        d_x = torch.addcmul(-constant, h, factor * scale).addcmul_(z, slope, value=-1)
+        context.save_for_backward(h, x, z, factor, scale, weight, sums, means, slope)
+        context.dims = dims
+        d_x = torch.addcmul(constant, h, weight).addcmul_(z, slope)
         d_shift, d_scale = sums.sum(1)
         return d_x, d_scale, d_shift
 
     @staticmethod
-    def sum(x):
-        """Over the pixels of an image: [N, C, 1, 1]."""
-        return x.sum((2, 3), keepdim=True)
+    def sums(*images):
+        """Over the pixels of each of K [N, C, H, W]: [K, N, C, 1, 1]."""
+        totals = images[0].new_empty(len(images), *images[0].shape[:2], 1, 1)
+        for x, total in zip(images, totals, strict=True):
+            torch.sum(x, (2, 3), keepdim=True, out=total)
+        return totals
 
     @staticmethod
-    def mean(sums, x, dims):
-        """Sums over pixels, [K, N, C, 1, 1], to means over `dims` of x."""
+    def minus_means(sums, x, dims):
+        """Sums over pixels, [K, N, C, 1, 1], to negated means over `dims` of x."""
         others = [1 + d for d in dims if d < 2]
-        return (sums.sum(others, keepdim=True) if others else sums) / math.prod(x.shape[d] for d in dims)
+        return (sums.sum(others, keepdim=True) if others else sums) / -math.prod(x.shape[d] for d in dims)
 
     @staticmethod
     def backward(context, u, u_scale, u_shift):
-        h, x, z, factor, scale, sums, means = context.saved_tensors
-        uh_sum = NormalizeGradient.sum(u * h)
-        u_sums = [NormalizeGradient.sum(u), NormalizeGradient.sum(u * z), scale * uh_sum]
-        u_means = NormalizeGradient.mean(torch.stack(u_sums), x, context.dims)
-        u_means, ug_mean, weight = u_means[:2], u_means[2], factor * scale
-        d_scale = (factor * (uh_sum - (u_means * sums).sum(0))).sum(0)
-        u_shift, u_scale_left = torch.stack([u_shift, u_scale])[:, None] - weight * u_means
-        d_h = torch.addcmul(u_shift, u, weight).addcmul_(z, u_scale_left)
-        like, cross = u_means * means, (u_means * means.flip(0)).sum(0)
-        h_mean, hz_mean = NormalizeGradient.mean(u_scale * sums, x, context.dims)
-        rest = factor * (ug_mean - like[0] - 3 * like[1]) + hz_mean
-        d_x = torch.addcmul(factor * (factor * cross - h_mean), h, factor * u_scale_left)
-        d_x.addcmul_(u, means[1] * factor.square(), value=-1).addcmul_(z, factor * rest, value=-1)
-        return d_h, d_x, None, None, d_scale, None
+        h, x, z, factor, scale, weight, sums, means, slope = context.saved_tensors
+        u_sums = NormalizeGradient.sums(u, u * z, u * h)
+        u_means = NormalizeGradient.minus_means(u_sums[:2], x, context.dims)
+        (ug_mean,) = NormalizeGradient.minus_means(scale * u_sums[2:], x, context.dims)
+        h_mean, hz_mean = NormalizeGradient.minus_means(u_scale * sums, x, context.dims)
+        d_scale = torch.addcmul(u_sums[2], u_means[0], sums[0]).addcmul_(u_means[1], sums[1])
+        shift_left = torch.addcmul(u_shift, weight, u_means[0])
+        scale_left = torch.addcmul(u_scale, weight, u_means[1])
+        d_h = torch.addcmul(shift_left, u, weight).addcmul_(z, scale_left)
+        products = u_means[:, None] * means
+        constant = torch.addcmul(h_mean, factor, products[0, 1] + products[1, 0])
+        rest = torch.addcmul(hz_mean, factor, (ug_mean + products[0, 0]).add_(products[1, 1], alpha=3))
+        weights = factor * torch.stack(torch.broadcast_tensors(constant, scale_left, slope, rest))
+        d_x = torch.addcmul(weights[0], h, weights[1]).addcmul_(u, weights[2]).addcmul_(z, weights[3])
+        return d_h, d_x, None, None, (factor * d_scale).sum(0), None, None
+
+
+class Slope(torch.autograd.Function):
+    """values * slope of the leaky ReLU at x: 1 where x is positive, else 0.01.
+
+    Linear in values, it is its own derivative; PyTorch's leaky ReLU adds zeros in its double backward.
+    """
+
+    @staticmethod
+    def forward(context, values, x):
+        context.save_for_backward(x)
+        return torch.ops.aten.leaky_relu_backward(values, x, 0.01, False)
+
+    @staticmethod
+    def backward(context, d_values):
+        return Slope.apply(d_values, *context.saved_tensors), None
 
 
 def normalize(x, scale, shift, kind, statistics):
@@ -727,9 +750,9 @@ def learner(theta, images, architecture, reference=None):
         # pooled before normalisation and activation: a quarter of their work
         x = MaxPool.apply(x) if architecture.pooling == "max" else F.avg_pool2d(x, 2)
         x = normalize(x, blocks[i + 1], blocks[i + 2], architecture.normalization, statistics)
-        x = x * x.detach().sign().clamp_(min=0.01)  # leaky ReLU, as a constant slope: it has no second derivative
+        x = Slope.apply(x, x.detach())  # leaky ReLU
     x = x if statistics == len(x) else x[statistics:]
-    return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, bias)
+    return x.permute(0, 2, 3, 1).flatten(1) @ weight.t() + bias
 
 
 # ------------------------------------------------------------------- inner loop and meta-gradient
@@ -777,11 +800,11 @@ def at_rest(theta):
 
 def pulled_from_real(theta, real, rows, architecture, reference):
     """A learner's loss on rows [N] of real data (a Split) and its gradients in theta and in reference, the synthetic
-    batch it has just learned from; by 128 images at a time, which takes less memory.
+    batch it has just learned from; on a CPU by 128 images at a time, which takes less memory.
     """
     theta, reference, total = leaf(theta), leaf(reference), 0
     gradients = torch.zeros_like(theta), torch.zeros_like(reference)  # the latter stay zero if it is not read
-    for part in rows.split(128):
+    for part in rows.split(len(rows) if rows.is_cuda else 128):
         logits = learner(theta, real.images[part], architecture, reference)
         loss = F.cross_entropy(logits, real.labels[part], reduction="sum") / len(rows)
         found = torch.autograd.grad(loss, (theta, reference), materialize_grads=True)
@@ -871,8 +894,10 @@ def replayed(function, *arguments, warm_up=3):
         calls += 1
         if calls <= warm_up:  # off the default stream, as capture asks
             side.wait_stream(torch.cuda.current_stream())
+            torch.backends.cudnn.benchmark = True  # finds its fastest kernel for each shape; the graph keeps these
             with torch.cuda.stream(side):
                 value = function(*arguments)
+            torch.backends.cudnn.benchmark = False
             torch.cuda.current_stream().wait_stream(side)
             return value
         if result is None:
