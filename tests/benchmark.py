@@ -239,12 +239,13 @@ def memory(config, method, device_name):
 def train_together(thetas, curriculum, architecture):
     """theta_T [K, P] of learners that start at `thetas`, as `gtn.train_learner` gives it.
 
-    With PyTorch's own convolution, pooling and normalisation: torch.func cannot map gtn's.
+    With PyTorch's own operations: torch.func cannot map gtn's.
     """
     operations = {
         "convolve": lambda x, weight: F.conv2d(x, weight, padding=weight.shape[-1] // 2),
         "MaxPool": SimpleNamespace(apply=lambda x: F.max_pool2d(x, 2)),
         "normalize": lambda x, scale, shift, kind, statistics: F.group_norm(x, len(scale), scale, shift),
+        "Slope": SimpleNamespace(apply=lambda x, _: F.leaky_relu(x, 0.01)),
     }
 
     def loss(theta, images, labels):
