@@ -12,9 +12,9 @@ teacher, learner, inner loop and meta-gradient, evaluation, files, training, com
 The first one ends with
 
     runs/quick-learned-s0: 240 outer steps; config.json, log.jsonl, checkpoint.pt and teacher.pt are there
-      test accuracy, in order        0.960 +- 0.005 (10 fresh learners)
-      test accuracy, batch-shuffled  0.846 +- 0.043 (10 fresh learners)
-      test accuracy, all-shuffled    0.745 +- 0.088 (10 fresh learners)
+      test accuracy, in order        0.964 +- 0.005 (10 fresh learners)
+      test accuracy, batch-shuffled  0.860 +- 0.072 (10 fresh learners)
+      test accuracy, all-shuffled    0.796 +- 0.071 (10 fresh learners)
     next: python gtn.py --evaluate runs/quick-learned-s0/teacher.pt
 """
 
