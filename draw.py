@@ -114,11 +114,12 @@ def aggregate(series):
     return xs, table.mean(0), table.std(0, ddof=1)
 
 
-def draw_mean(axes, series, colour, **options):
-    """The mean of the series as a line, in a band of one standard deviation."""
-    x, mean, std = aggregate(series)
+def draw_mean(axes, series, colour, geometric=False, **options):
+    """The mean of the series as a line, in a band of one standard deviation; geometric: both of the logarithms."""
+    x, mean, std = aggregate([(x, np.log(y) if geometric else y) for x, y in series])
+    low, mean, high = (np.ma.exp(y) if geometric else y for y in (mean - std, mean, mean + std))
     axes.plot(x, mean, color=colour, marker="" if len(x) > 1 else "o", **options)
-    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def by_label(labels, limit):
@@ -280,10 +281,10 @@ def draw_rates(variants):
         for variant, runs in logged.items():
             if runs:
                 series = [(run.log["accuracy"][0], run.log[key].mean(1)) for run in runs]
-                draw_mean(panels[0, column], series, COLOURS[variant], label=variant)
+                draw_mean(panels[0, column], series, COLOURS[variant], geometric=key == "lr", label=variant)
             if runs and config.per_step:
                 series = [(1 + np.arange(config.inner_steps), run.log[key][-1]) for run in runs]
-                draw_mean(panels[1, column], series, COLOURS[variant])
+                draw_mean(panels[1, column], series, COLOURS[variant], geometric=key == "lr")
         for axes, x in zip(panels[:, column], ("outer steps", "inner step"), strict=False):
             axes.set(ylabel=name, xlabel=x, yscale="log" if key == "lr" else "linear")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -292,7 +293,7 @@ def draw_rates(variants):
     legend(figure)
     per_step = " (mean over inner steps) and, at the last validation, over inner steps" if config.per_step else ""
     caption = f"Learned inner learning rate and momentum, over outer steps{per_step}. Bands: one standard deviation "
-    return Drawn(figure if any(logged.values()) else None, caption + "over seeds.")
+    return Drawn(figure if any(logged.values()) else None, caption + "over seeds, of the learning rate's logarithm.")
 
 
 def draw_difficulty(variants, measure):

@@ -245,7 +245,9 @@ def test_learned_rates(one_experiment, tmp_path):
     panels = draw.draw_rates(one_experiment).figure.axes
     assert [axes.get_ylabel() for axes in panels] == ["inner learning rate", "momentum"] * 2
     assert [axes.get_xlabel() for axes in panels] == ["outer steps"] * 2 + ["inner step"] * 2
-    np.testing.assert_allclose(panels[0].lines[0].get_ydata(), 0.015)
+    np.testing.assert_allclose(panels[0].lines[0].get_ydata(), (0.01 * 0.02) ** 0.5)  # geometric: a rate is a scale
+    band = panels[0].collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([band.min(), band.max()], 2**0.5 * 0.01 * 2 ** np.array([-(0.5**0.5), 0.5**0.5]))
     np.testing.assert_allclose(panels[1].lines[0].get_ydata(), [0.5 + 0.01 * step for step in range(7)])
     np.testing.assert_allclose(panels[3].lines[0].get_ydata(), 0.56)
     assert panels[3].lines[0].get_xdata().tolist() == [1, 2, 3]
