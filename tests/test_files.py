@@ -364,3 +364,25 @@ def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch):
             accuracies.append((names["network"](test.images).argmax(1) == test.labels).float().mean().item())
     assert gtn.summary(accuracies)["mean"] == pytest.approx(expected, abs=0.03)
     assert expected > 0.6
+
+
+def test_first_batch_snippet_shuffles_all_but_the_first(tmp_path, run_gtn, monkeypatch, capsys):
+    """The script of results/orders.md as it stands, with 3 learners instead of 100."""
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "results" / "orders.md").read_text(), re.DOTALL)[1]
+    status, _, error = run_gtn("--outer-steps", "1", "--set", "name=paper", "inner_steps=6")
+    assert status == 0, error
+    original = gtn.read_teacher(tmp_path / "runs" / "paper-learned-s0" / "teacher.pt")[1]["curriculum"]
+    met, train = [], gtn.train_learner
+    monkeypatch.setattr(gtn, "train_learner", lambda *learner: met.append(learner[1]) or train(*learner))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace("range(100)", "range(3)"), {})
+    assert re.findall(r"^(\S+) \{'mean': ", capsys.readouterr().out, re.MULTILINE) == [*gtn.ORDERS[1:]]
+    assert len(met) == 6
+    for i, curriculum in enumerate(met):
+        assert torch.equal(curriculum.images[0], original.images[0])
+        assert torch.equal(curriculum.lr, original.lr)
+        assert not torch.equal(curriculum.images, original.images)
+        pieces = 1 if i < 3 else 2  # whole batches move, or single images
+        both = (x.flatten(0, pieces - 1).flatten(1).tolist() for x in (curriculum.images, original.images))
+        found, expected = (sorted(images) for images in both)
+        assert found == expected
