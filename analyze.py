@@ -1,466 +1,440 @@
-"""Every figure and result table, from whatever runs of gtn.py and searches of nas.py left.
+"""Every figure and table, from the files that gtn.py and nas.py leave.
 
-    python analyze.py                                  # what lies under runs/ is drawn into figures/
-    python analyze.py --runs results --select 'A-*'    # of another folder some runs alone
+    python analyze.py                                  # of the runs below runs/, into runs/figures/
+    python analyze.py --runs results --out figures     # those that are published here
 
-It writes figures/README.md, figures/report.html (one page that needs no network) and their pictures, and says in a
-line each what it left out and which command supplies it. The file reads in this order: reading, difficulty, tables,
-pages, command line. How a figure looks stands in draw.py.
+It writes README.md, report.html (one page that needs no network) and their pictures. The file reads in this order:
+reading, tables, figures, pages, command line.
 """
 
+import argparse
 import base64
 import collections
-import functools
 import html
 import io
-import json
+import itertools
 import re
 import shlex
 import sys
-import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.animation import FuncAnimation, PillowWriter
-from tqdm import tqdm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-import draw
 import gtn
 
-FIRST_COMMAND = "python gtn.py --config A --variant learned"
-SAME_RESULTS = "variant", "seed", "checkpoint_every", "segment", "cuda_graph"  # an average may mix these
+# Test accuracies that others report on MNIST, in gtn.ORDERS, by source, (inner steps, batch size) and variant.
+# The paper meta-trained under each order, for 2,000 outer steps; its `random` is "no curriculum". The earlier run
+# (github.com/GoodAI/GTN, one seed, 5,000 outer steps) shuffled afterwards, as we do: those are medians.
+KNOWN = {
+    "paper (trained under the order)": {(32, 128): {"learned": (0.985, 0.974, 0.969), "random": (0.957,)}},
+    "earlier run (transductive)": {
+        (20, 32): {"learned": (0.973, 0.763), "random_fixed": (0.974, 0.695), "random": (0.929, 0.928)},
+        (10, 32): {"learned": (0.961, 0.677), "random_fixed": (0.962, 0.666), "random": (0.901, 0.898)},
+        (10, 16): {"learned": (0.953, 0.576), "random_fixed": (0.952, 0.625), "random": (0.855, 0.850)},
+    },
+}
+
+
+def known(source, config):
+    """{order: accuracy} that a source reports for a config's data set, budget and variant; {} where it does not."""
+    found = KNOWN[source].get((config.inner_steps, config.batch_size), {}).get(config.variant, ())
+    return dict(zip(gtn.ORDERS, found, strict=False)) if config.dataset == "mnist" else {}
+
 
 # ----------------------------------------------------------------------------------------- reading
 
-
-class Run(NamedTuple):
-    """What a run folder holds; None for each file that is missing or damaged."""
-
-    folder: Path
-    config: gtn.Config
-    environment: dict
-    log: dict
-    teacher: dict
-    evaluation: dict
-    snapshots: list
+BUDGET = "dataset", "inner_steps", "batch_size"  # the same in all runs of a name
+INCIDENTAL = "seed", "checkpoint_every", "flat", "cuda_graph"  # may differ between runs that are averaged
 
 
-def attempt(read, path, damaged, *arguments):
-    """read(path, ...); None where no such file is, or a damaged one: that gets a warning and a place in the list."""
+# A run folder; log, evaluation and teacher are {} where the file is missing or damaged
+Run = collections.namedtuple("Run", "folder config device command log evaluation teacher")
+
+
+def attempt(damaged, path, read, *arguments):
+    """read(path, ...); {} where there is no such file, or a damaged one: that is named, and joins the list."""
     try:
-        return read(path, *arguments) if path.exists() else None
-    except gtn.InputError as error:
-        print(f"analyze.py: warning: skipped: {error}", file=sys.stderr)
+        return read(path, *arguments) if path.exists() else {}
+    except Exception as error:  # whatever a damaged file raises: the others are drawn
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"analyze.py: skipped {path} ({reason})", file=sys.stderr)
         damaged.append(path)
+        return {}
 
 
-def finite(values, *shape):
-    """A float array of that shape (-1: any); ValueError where it holds other numbers."""
-    if not np.isfinite(array := np.array(values, float).reshape(shape)).all():
-        raise ValueError("a number is not finite")
-    return array
+def read_log(path, T):
+    """Arrays error, meta_loss [2, N] (outer steps, values), lr, momentum [N, T]; last outer step, minutes."""
+    lines = gtn.read(path)
+    steps, checks = ([x for x in lines if x["event"] == event] for event in ("step", "validation"))
+    return {
+        "error": np.array([(x["step"], 1 - x["accuracy"]["mean"]) for x in checks], float).reshape(-1, 2).T,
+        "meta_loss": np.array([(x["step"], x["meta_loss"]) for x in steps], float).reshape(-1, 2).T,
+        "lr": np.array([x["lr"] for x in checks], float).reshape(len(checks), T),
+        "momentum": np.array([x["momentum"] for x in checks], float).reshape(len(checks), T),
+        "step": max(int(x["step"]) for x in lines),
+        "minutes": max(float(x.get("seconds", 0)) for x in lines) / 60,
+    }
 
 
-def read_log(path, config):
-    """Arrays of a log.jsonl: meta_loss, accuracy [2, N] (outer steps, values), lr, momentum [N, T or 1]; learners of a
-    validation, outer step, minutes, and `test`: the final accuracies by order, or None."""
-    lines = gtn.read_log(path)
-    with gtn.reading(path):
-        steps, checks, ends = ([x for x in lines if x["event"] == e] for e in ("step", "validation", "end"))
-        width = config.inner_steps if config.per_step else 1
-        return {
-            "meta_loss": finite([(x["step"], x["meta_loss"]) for x in steps], -1, 2).T,
-            "accuracy": finite([(x["step"], x["accuracy"]["mean"]) for x in checks], -1, 2).T,
-            "lr": finite([x["lr"] for x in checks], -1, width),
-            "momentum": finite([x["momentum"] for x in checks], -1, width),
-            "learners": checks[-1]["accuracy"]["n"] if checks else 0,
-            "step": int(lines[-1]["step"]) if lines else 0,
-            "minutes": max((x["seconds"] for x in lines if "seconds" in x), default=0) / 60,
-            "test": {k: finite(ends[-1]["test"][k]["accuracies"], -1) for k in gtn.ORDERS} if ends else None,
-        }
+def read_evaluation(path, T):
+    """The teacher's outer step, and accuracies of fresh learners by order: [n], of "every step" [n, T]."""
+    content = gtn.read(path)
+    rows = {row["order"]: row["accuracies"] for row in content["rows"] if row["architecture"] == "training"}
+    tests = {order: np.array(x, float).reshape((-1, T) if order == "every step" else -1) for order, x in rows.items()}
+    return {"step": int(content["step"]), **tests}
 
 
-def read_teacher(path, config):
-    """The content of a run's teacher.pt, without the teacher itself."""
-    teacher, content = gtn.read_teacher(path)
-    with gtn.reading(path):
-        if teacher.config != config:
-            raise ValueError("it is of another run than config.json")
-        return {key: content[key] for key in ("step", "curriculum", "mean", "std")}
-
-
-def read_evaluation(path, config):
-    """The step, `test` (accuracies by order and, if measured, transductive) and curve of a run's evaluation.json."""
-    with gtn.reading(path):
-        content = json.loads(path.read_text())
-        if gtn.Config(**content["config"]) != config:
-            raise ValueError("it is of another run than config.json")
-        row = next(row for row in content["rows"] if row["architecture"] == "training")
-        test = {key: finite(row[key]["accuracies"], -1) for key in (*gtn.ORDERS, "transductive") if row[key]}
-        return {"step": int(content["step"]), "test": test, "curve": finite(content["curve"], -1, config.inner_steps)}
-
-
-def read_snapshot(path, config):
-    """(outer step, images [B, C, H, W]) of a snapshot of the last inner step."""
-    content = gtn.read_tensors(path)
-    with gtn.reading(path):
-        images = content["images"]
-        n = min(config.batch_size, gtn.SNAPSHOT_IMAGES)
-        if images.dim() != 4 or len(images) != n or not images.isfinite().all():
-            raise ValueError(f"its images are not {n} with finite pixels")
-        return int(content["step"]), images
-
-
-def read_search(path, folder):
-    """The content of a nas.json, `arrays`: what its methods and truth say of each architecture, name and origin."""
-    with gtn.reading(path):
-        content = json.loads(path.read_text())
-        rows = content["architectures"]
-        arrays = {key: finite([row[key] for row in rows], len(rows)) for key in draw.METHODS if key != "ceiling"}
-        arrays["truth"] = finite([[x["validation"] for x in row["truth"]] for row in rows], len(rows), -1).mean(1)
-        config, where = gtn.Config(**content["config"]), content["environment"]
-        origin = (
-            f"Teacher of config {config.name}, variant {config.variant}, seed {config.seed}; space {content['space']}, "
-            f"search seed {content['seed']}; {where['device']}; `{where['command']}`."
-        )
-        name = "ranking " + path.parent.relative_to(folder).as_posix()
-        search = content | {"arrays": arrays, "origin": origin, "name": name}
-        search_table(search), draw.draw_search(search)  # what they lack is missed here, where the file can be named
-        return search
-
-
-def read_benchmark(path):
-    """The content of a benchmark.json, with its origin."""
-    with gtn.reading(path):
-        content = json.loads(path.read_text())
-        if "memory" in content:
-            draw.draw_memory(content)  # what it lacks is missed here, where the file can be named
-        where = content["environment"]
-        return content | {"origin": f"{where['device']}, {where['threads']} threads; `{where['command']}`."}
-
-
-def read_run(folder, damaged):
-    """The Run in a folder, or None where its config.json is damaged."""
-
-    def read_config(path):
-        with gtn.reading(path):
-            content = json.loads(path.read_text())
-            return gtn.Config(**content["config"]), dict(content["environment"])
-
-    if origin := attempt(read_config, folder / "config.json", damaged):
-        files = ((read_log, "log.jsonl"), (read_teacher, "teacher.pt"), (read_evaluation, "evaluation.json"))
-        content = [attempt(read, folder / name, damaged, origin[0]) for read, name in files]
-        snapshots = [attempt(read_snapshot, p, damaged, origin[0]) for p in sorted(folder.glob("snapshots/*.pt"))]
-        return Run(folder, *origin, *content, [x for x in snapshots if x])
-
-
-def read_folder(folder, select):
-    """(runs, searches, benchmarks, damaged files) below a folder, of places whose name or path the glob matches."""
-
-    def places(name):
-        found = [path.parent for path in sorted(folder.rglob(name))]
-        return [x for x in found if fnmatch(x.name, select) or fnmatch(x.relative_to(folder).as_posix(), select)]
-
-    damaged, folders, searches, benchmarks = [], *map(places, ("config.json", "nas.json", "benchmark.json"))
-    if not folders + searches + benchmarks:
-        what = "run" if select == "*" or not folder.is_dir() else f"run that --select {shlex.quote(select)} matches"
-        raise gtn.InputError(f"no {what} in {folder}: make one with `{FIRST_COMMAND}`, or name another folder: --runs")
-    runs = [read_run(x, damaged) for x in folders]
-    searches = [attempt(read_search, x / "nas.json", damaged, folder) for x in searches]
-    benchmarks = [attempt(read_benchmark, x / "benchmark.json", damaged) for x in benchmarks]
-    return *([x for x in found if x] for found in (runs, searches, benchmarks)), damaged
+def read_run(path, damaged):
+    """The Run of a config.json."""
+    content, folder = gtn.read(path), path.parent
+    config, where = gtn.Config(**content["config"]), content["environment"]
+    command = re.sub(r" --(resume|stop-after[ =]\S+)(?= |$)", "", str(where["command"]))
+    log = attempt(damaged, folder / "log.jsonl", read_log, config.inner_steps)
+    evaluation = attempt(damaged, folder / "evaluation.json", read_evaluation, config.inner_steps)
+    teacher = attempt(damaged, folder / "teacher.pt", lambda path: gtn.read_teacher(path)[1])
+    return Run(folder, config, str(where["device"]), command, log, evaluation, teacher)
 
 
 def group_runs(runs):
-    """({experiment: {variant: runs by seed}}, remarks). Runs of a variant differ in seed alone: of several settings
-    the commonest keeps the config's name, and any other makes an experiment of its own, named after what differs."""
-
-    def settings(run):
-        return tuple((key, value) for key, value in vars(run.config).items() if key not in SAME_RESULTS)
-
-    def budget(run):
-        return run.config.dataset, run.config.inner_steps, run.config.batch_size
-
-    def commonest(key, runs):
-        value = collections.Counter(map(key, runs)).most_common(1)[0][0]
-        return [run for run in runs if key(run) == value]
-
-    experiments, remarks = {}, []
-    for run in sorted(runs, key=lambda run: run.config.seed):
-        namesakes = commonest(budget, [x for x in runs if x.config.name == run.config.name])
-        usual = commonest(settings, [x for x in namesakes if x.config.variant == run.config.variant] or namesakes)[0]
-        name = run.config.name
-        if other := [f"{key}={value}" for key, value in settings(run) if getattr(usual.config, key) != value]:
-            name = f"{name} with {', '.join(other)}"
-            remarks.append(f"not averaged: {run.folder} with {usual.folder}; it is drawn as '{name}'")
-        same = experiments.setdefault(name, {}).setdefault(run.config.variant, [])
-        if twins := [x for x in same if x.config.seed == run.config.seed]:
-            remarks.append(f"left out: {run.folder}, which has the settings and the seed of {twins[0].folder}")
+    """({config's name: {variant: runs}}, a line for each run that does not fit the first of its name and variant)."""
+    groups, remarks, rank = {}, [], [*gtn.VARIANTS, *(run.config.variant for run in runs)]
+    for run in sorted(runs, key=lambda run: (run.config.name, rank.index(run.config.variant), run.config.seed)):
+        variants = groups.setdefault(run.config.name, {})
+        same = variants.get(run.config.variant, [])
+        first = (same or next(iter(variants.values()), [run]))[0]
+        ours, theirs = vars(run.config), vars(first.config)
+        keys = [key for key in ours if key not in INCIDENTAL] if same else BUDGET
+        other = [key for key in keys if ours[key] != theirs[key]]
+        if other or run.config.seed in [x.config.seed for x in same]:
+            remarks.append(f"left out: {run.folder}: its {', '.join(other) or 'seed'} does not go with {first.folder}")
         else:
-            same.append(run)
-    return {name: {v: e[v] for v in gtn.VARIANTS if v in e} for name, e in sorted(experiments.items())}, remarks
+            variants.setdefault(run.config.variant, []).append(run)
+    return groups, remarks
 
 
-# -------------------------------------------------------------------------------------- difficulty
+def next_command(run):
+    """A line with what a run lacks and the command that supplies it, or None."""
+    step, path = run.log.get("step", 0), shlex.quote(str(run.folder / "teacher.pt"))
+    if run.log and step < run.config.outer_steps:
+        return f"{run.folder}: {step:,} of {run.config.outer_steps:,} outer steps: {run.command} --resume"
+    if run.evaluation.get("step", -1) < step or (run.teacher and "every step" not in run.evaluation):
+        return f"{run.folder}: no whole evaluation.json: python gtn.py --evaluate {path}"
 
 
-def train_classifier(data, steps=300):
-    """(parameters, architecture, validation accuracy) of a small network trained with Adam on real images."""
-    architecture = gtn.Architecture((16, 32), (3, 3))
-    with gtn.seeded(0):
-        theta = gtn.leaf(gtn.init_learner(architecture, data.train.images.shape[1:], data.mean.device))
-        adam = torch.optim.Adam([theta], 0.003)
-        for _ in range(steps):
-            images, labels = gtn.sample(data.train, 64)
-            adam.zero_grad()
-            F.cross_entropy(gtn.learner(theta, images, architecture), labels).backward()
-            adam.step()
-    some = gtn.Split(*(x[:2000] for x in data.validation))
-    return theta, architecture, gtn.accuracy(theta, some, architecture, None)
+# ------------------------------------------------------------------------------------------ tables
 
 
-@torch.no_grad()
-def confidence(theta, architecture, curriculum):
-    """Mean probability that a network gives to the labels of each inner step's images: [T]."""
-    images, labels = (x.to(theta.device) for x in (curriculum.images, curriculum.labels))
-    logits = torch.stack([gtn.learner(theta, batch, architecture) for batch in images])
-    return logits.softmax(2).gather(2, labels[..., None]).mean((1, 2)).cpu().numpy()
+def evaluated(runs, order):
+    """Accuracies of the fresh learners of each run that was tested in that order."""
+    return [run.evaluation[order] for run in runs if order in run.evaluation]
 
 
-def next_batch_losses(teacher, data, order, learners=3):
-    """Loss (nats) of fresh learners after inner step t on batch t + 1: [learners, T - 1]."""
-    losses = np.empty((learners, teacher.config.inner_steps - 1))
-    for k, row in enumerate(losses):
-        theta, curriculum, architecture = gtn.fresh_learner(teacher, data, k, order)
-        states = gtn.unroll(*gtn.at_rest(theta), curriculum, architecture)
-        for t, (theta, _) in zip(range(len(row)), states):  # noqa: B905, the last step has no next batch
-            with torch.no_grad():
-                logits = gtn.learner(theta, curriculum.images[t + 1], architecture, reference=curriculum.images[t])
-                row[t] = F.cross_entropy(logits, curriculum.labels[t + 1])
-    return losses
-
-
-def difficulty(variants, judge):
-    """What draw.draw_difficulty draws. judge(dataset): data and a trained classifier, or a text where there is none."""
-    if isinstance(judged := judge(next(iter(variants.values()))[0].config.dataset), str):
-        return judged
-    data, theta, architecture, accuracy = judged
-    figures = {}
-    for variant, runs in variants.items():
-        if runs[0].teacher["curriculum"].images.shape[2:] != data.train.images.shape[1:]:
-            return f"images of another size than {runs[0].folder} teaches"
-        teacher = gtn.read_teacher(runs[0].folder / "teacher.pt", data.mean.device)[0]
-        losses = {order: next_batch_losses(teacher, data, order) for order in ("in order", "batch-shuffled")}
-        figures[variant] = [confidence(theta, architecture, run.teacher["curriculum"]) for run in runs], losses
-    return accuracy, figures
-
-
-# ------------------------------------------------------------------------------ tables and origins
-
-
-def span(numbers):
-    """'5,000', or '50-5,000' where they differ."""
-    return "-".join(f"{x:,}" for x in sorted({min(numbers), max(numbers)}))
-
-
-def result_table(experiments):
-    """Rows of text, the header first: test accuracy of every variant and order, beside what others report."""
-    header = "config, variant, order, test accuracy, n, seeds, std of seeds' means".split(", ")
-    rows = [[*header, *draw.KNOWN, "outer steps", "minutes", "device"]]
-    groups = [(name, v, runs, order) for name, e in experiments.items() for v, runs in e.items()
-              for order in (*gtn.ORDERS, "transductive")]  # fmt: skip
-    for name, variant, runs, order in groups:
-        if runs := [run for run in runs if order in draw.measured(run).get("test", {})]:
-            tests = [draw.measured(run)["test"][order] for run in runs]
-            pooled = gtn.summary(np.concatenate(tests).tolist())
-            figures = [gtn.summary([float(x.mean()) for x in tests])["std"]]
-            figures += [draw.known(source, runs[0].config).get(order) for source in draw.KNOWN]
+def result_table(groups):
+    """Rows of text, the header first: test accuracy by config, variant and order, beside what others report."""
+    header = ["config", "variant", "order", "test accuracy", "n", "seeds", "std of seeds' means"]
+    rows = [[*header, *KNOWN, "outer steps", "minutes", "device"]]
+    found = [runs for variants in groups.values() for runs in variants.values()]
+    for runs, order in itertools.product(found, (*gtn.ORDERS, "transductive")):
+        if tests := evaluated(runs, order):
+            config = runs[0].config
+            pooled, means = gtn.summary([*np.concatenate(tests)]), gtn.summary([x.mean() for x in tests])
+            figures = [pooled["mean"], pooled["std"], means["std"], *(known(x, config).get(order) for x in KNOWN)]
+            mean, std, *others = ("-" if x is None else f"{x:.3f}" for x in figures)
+            steps = sorted({f"{run.evaluation['step']:,}" for run in runs if run.evaluation})
             minutes = [run.log["minutes"] for run in runs if run.log]
-            rows.append([
-                name, variant, order, gtn.spread(pooled), str(pooled["n"]), str(len(runs)),
-                *("-" if x is None else f"{x:.3f}" for x in figures),
-                span([draw.measured(run)["step"] for run in runs]), f"{np.mean(minutes):.1f}" if minutes else "-",
-                "; ".join(dict.fromkeys(str(run.environment.get("device")) for run in runs)),
-            ])  # fmt: skip
+            row = [config.name, config.variant, order, f"{mean} +- {std}", str(pooled["n"]), str(means["n"]), *others]
+            row += [", ".join(steps), f"{np.mean(minutes):.1f}" if minutes else "-"]
+            rows.append([*row, ", ".join(sorted({run.device for run in runs}))])
     return rows
 
 
 def search_table(search):
     """Rows of text, the header first: how well each method ranks, what it costs, how good its best architecture is."""
-    ranks = [(name, part) for name in ("spearman", "kendall") for part in ("all", "top half")]
-    header = [name.title() + ", top half" * (part != "all") for name, part in ranks]
-    rows = [["ranking by", *header, "precision of the top 10 %", "seconds for one", "test accuracy of its best"]]
-    for method, (words, *_) in draw.METHODS.items():
-        key, figures = "truth" if method == "ceiling" else method, search["correlations"][method]
-        cells = [draw.estimate(x) for x in (*(figures[name][part] for name, part in ranks), figures["precision"])]
+    ranks = [*itertools.product(("spearman", "kendall"), ("all", "top half"))]
+    rows = [["ranking by", *map(", ".join, ranks), "seconds for one", "test accuracy of its best"]]
+    for method, figures in search["correlations"].items():
+        key, row = "truth" if method == "ceiling" else method, [METHODS.get(method, method)]
+        for name, part in ranks:
+            numbers = [figures[name][part][key] for key in ("value", "low", "high")]
+            row.append("-" if None in numbers else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers))
         cost, best = search["seconds"].get(key), search["best"].get(key)
-        rows.append([words, *cells, f"{cost['mean']:.3g}" if cost else "-", f"{best['test']:.4f}" if best else "-"])
+        rows.append([*row, f"{cost['mean']:.3g}" if cost else "-", f"{best['test']:.4f}" if best else "-"])
     random = search["best"]["random"]
-    return [*rows, ["random pick", *["-"] * 6, f"{gtn.spread(random | {'mean': random['test']})} (n = {random['n']})"]]
+    return [*rows, ["random pick", *"-----", f"{random['test']:.4f} +- {random['std']:.4f} (n = {random['n']})"]]
 
 
-def origin(runs):
-    """Where runs come from, as a caption says it: config, variants, seeds, outer steps, devices, commands."""
-    config, commands = runs[0].config, [draw.command_of(run) for run in runs]
-    if len(runs) > 1:  # one command for all that differ in these flags alone
-        commands = [re.sub(r" --(variant|seed)[ =]\S+", lambda m: f" --{m[1]} {m[1].upper()}", x) for x in commands]
-    parts = [
-        f"Config {config.name} ({config.dataset}, {config.inner_steps} inner steps of {config.batch_size})",
-        f"variant {', '.join(dict.fromkeys(run.config.variant for run in runs))}",
-        f"seed {', '.join(map(str, sorted({run.config.seed for run in runs})))}",
-        f"{span([(run.teacher or run.log or {'step': 0})['step'] for run in runs])} outer steps",
-        *dict.fromkeys(str(run.environment.get("device")) for run in runs),
-        *(f"`{command}`" for command in dict.fromkeys(commands)),
-    ]
-    return "; ".join(parts) + "."
+# ----------------------------------------------------------------------------------------- figures
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; a variant that gtn.py does not know is grey
+PALETTE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00"
+COLOURS = collections.defaultdict(lambda: "0.5", zip(gtn.VARIANTS, itertools.cycle(PALETTE), strict=False))
+METHODS = {"teacher": "teacher", "control": "real data, same steps", "parameters": "parameter count"}
+METHODS |= {"multiply_adds": "multiply-adds", "ceiling": "noise ceiling"}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "savefig.dpi": 150}
 
 
-# ------------------------------------------------------------------------------------------- pages
+def new_figure(config, height, *grid, title="", **options):
+    """A Figure 960 pixels wide, of that height (inches), under a title that says of what it is, and its axes."""
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    budget = f"{config.inner_steps} inner steps x {config.batch_size} images"
+    figure.suptitle(f"{config.name}: {config.dataset}, {budget}{title}", size=11)
+    return figure, figure.subplots(*grid, **options)
+
+
+def logarithmic(axes, axis):
+    """A logarithmic axis, with ticks at 1, 2 and 5 in plain numbers."""
+    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def spaced_by_error(axis, set_scale):
+    """An axis of accuracies, spaced like the logarithm of the error, so that those near 1 can be told apart."""
+    set_scale("function", functions=(lambda a: -np.log10(np.maximum(1 - a, 1e-4)), lambda y: 1 - 10.0**-y))
+    axis.set_major_locator(FixedLocator([0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]))
+    axis.set_major_formatter("{x:g}")
+
+
+def running_mean(values, width):
+    """Mean of each of values [N] and of up to `width` neighbours on either side, at most half of those before it: the
+    fast fall at the start does not spread."""
+    halves = [min(width, i // 2) for i in range(len(values))]
+    return np.array([values[i - half : i + half + 1].mean() for i, half in enumerate(halves)])
+
+
+def draw_mean(axes, series, colour, log=False, **options):
+    """The mean of series [(x [N], y [N]), ...] as a line, one standard deviation as a band; log: of logarithms."""
+    xs = np.unique(np.concatenate([x for x, _ in series]))
+    rows = [np.interp(xs, x, np.log(y) if log else y, left=np.nan, right=np.nan) for x, y in series]
+    table = np.ma.masked_invalid(rows)  # of one series there is no standard deviation
+    mean, std = table.mean(0), table.std(0, ddof=1)
+    low, mean, high = (np.ma.exp(y) if log else y for y in (mean - std, mean, mean + std))
+    axes.plot(xs, mean, color=colour, marker="" if len(xs) > 1 else "o", **options)
+    axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def draw_training(variants, config):
+    """Validation error and meta-loss over outer steps."""
+    figure, panels = new_figure(config, 5.8, 2, sharex=True)
+    for axes, key, name in zip(panels, ("error", "meta_loss"), ("validation error", "meta-loss (nats)"), strict=True):
+        for variant, runs in variants.items():
+            series = [(x, np.maximum(y, 1e-4)) for x, y in (run.log[key] for run in runs if run.log) if x.size]
+            for x, y in series:
+                axes.plot(x, y, ".", color=COLOURS[variant], alpha=0.25, markersize=4, markeredgewidth=0)
+            if smooth := [(x, np.exp(running_mean(np.log(y), len(x) // 40))) for x, y in series]:
+                draw_mean(axes, smooth, COLOURS[variant], log=True, label=variant)
+        axes.set(ylabel=name)
+        logarithmic(axes, axes.yaxis)
+    panels[1].set(xlabel="outer steps")
+    caption = "1 - validation accuracy, and meta-loss: dots as logged, lines a running mean of the logarithm over a "
+    return figure, caption + "twentieth of them, averaged over seeds; bands: one standard deviation over seeds."
+
+
+def draw_orders(variants, config):
+    """Box plots of test accuracy, in order and shuffled afterwards."""
+    names = itertools.product(variants, (*gtn.ORDERS, "transductive"))
+    boxes = [(v, order, values) for v, order in names if (values := evaluated(variants[v], order))]
+    figure, axes = new_figure(config, 1.3 + 0.26 * len(boxes))
+    spaced_by_error(axes.xaxis, axes.set_xscale)
+    for y, (variant, order, values) in enumerate(boxes):
+        options = {"widths": 0.6, "orientation": "horizontal", "manage_ticks": False, "sym": "."}
+        box = axes.boxplot(np.concatenate(values), positions=[y], **options)
+        for line in itertools.chain(*box.values()):
+            line.set(color=COLOURS[variant], markeredgecolor=COLOURS[variant], linewidth=1.5)
+        if len(values) > 1:
+            axes.plot([x.mean() for x in values], [y] * len(values), "k|", markersize=12, label="mean of one seed")
+        for source, mark in zip(KNOWN, "*s", strict=True):
+            if accuracy := known(source, variants[variant][0].config).get(order):
+                axes.plot(accuracy, y, f"k{mark}", markerfacecolor="none", markersize=7, label=source)
+    axes.set_yticks(range(len(boxes)), [f"{variant}, {order}" for variant, order, _ in boxes])
+    axes.set(xlabel="test accuracy", ylim=(len(boxes) - 0.4, -0.6))
+    axes.grid(axis="y", visible=False)
+    caption = "Test accuracy in order, with the batches shuffled along the inner steps, and with all images shuffled, "
+    return figure, caption + "after training in order (the paper: in training, too). Boxes: median and quartiles."
+
+
+def draw_steps(variants, config):
+    """Test accuracy after each inner step."""
+    figure, axes = new_figure(config, 4.4)
+    spaced_by_error(axes.yaxis, axes.set_yscale)
+    for i, (variant, runs) in enumerate(variants.items()):
+        if values := evaluated(runs, "every step"):
+            series = [(1 + np.arange(len(curve)), curve) for curve in np.concatenate(values)]
+            draw_mean(axes, series, COLOURS[variant], label=f"{variant} (n = {len(series)})")
+        for source, mark in zip(KNOWN, "*s", strict=True) if values else ():
+            if accuracy := known(source, runs[0].config).get("in order"):
+                look = {"marker": mark, "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
+                axes.plot(config.inner_steps, accuracy, color=COLOURS[variant], markersize=12 - 2 * i, **look)
+                axes.plot([], [], color="0.4", label=source, **look)
+    axes.set(xlabel="inner steps", ylabel="test accuracy")
+    caption = "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one standard deviation. "
+    return figure, caption + "Marks, in the colours of the variants: what others report after the last step."
+
+
+def draw_rates(variants, config):
+    """Learned inner learning rate and momentum, over outer steps and over inner steps."""
+    figure, panels = new_figure(config, 5.4, 2, 2, sharey="col")
+    for (top, bottom), key, name in zip(panels.T, ("lr", "momentum"), ("inner learning rate", "momentum"), strict=True):
+        for variant, runs in variants.items():
+            if logs := [run.log for run in runs if run.log and run.log[key].size]:
+                look = {"colour": COLOURS[variant], "log": key == "lr", "label": variant}
+                draw_mean(top, [(log["error"][0], log[key].mean(1)) for log in logs], **look)
+                draw_mean(bottom, [(1 + np.arange(log[key].shape[1]), log[key][-1]) for log in logs], **look)
+        top.set(xlabel="outer steps", ylabel=name)
+        bottom.set(xlabel="inner step", ylabel=name)
+        for axes in (top, bottom) if key == "lr" else ():
+            logarithmic(axes, axes.yaxis)
+    caption = "Above: over outer steps, mean over inner steps. Below: over inner steps, at the last validation. Bands: "
+    return figure, caption + "one standard deviation over seeds, of the learning rate's logarithm."
+
+
+def draw_images(run):
+    """The first 20 images of each batch of a teacher.pt, sorted by label; grey ones in a map that is white at 0."""
+    curriculum, config = run.teacher["curriculum"], run.config
+    labels, index = curriculum.labels[:, :20].sort(dim=1, stable=True)
+    images, (T, N) = curriculum.images[torch.arange(len(index))[:, None], index], index.shape
+    sheet = F.pad(images, (1, 0, 1, 0), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    grey, (height, width) = sheet.shape[2] == 1, sheet.shape[:2]
+    figure, axes = new_figure(config, 5 * height / width + 0.9, title=f"\n{config.variant}, seed {config.seed}")
+    if grey:
+        picture = axes.imshow(sheet[..., 0].numpy(), "RdBu_r", vmin=-images.abs().max(), vmax=images.abs().max())
+        figure.colorbar(picture, ax=axes, label="pixel value", fraction=0.03)
+    else:
+        axes.imshow((sheet * run.teacher["std"] + run.teacher["mean"]).clamp(0, 1).nan_to_num(1).numpy())
+    same = (labels == labels[0]).all()  # real images have other labels in every batch
+    axes.set_xticks((np.arange(N) + 0.5) * width / N, labels[0].tolist() if same else [""] * N)
+    axes.set_yticks((np.arange(T) + 0.5) * height / T, range(1, T + 1))
+    axes.set(xlabel="label" if same else "sorted by label", ylabel="inner step")
+    axes.grid(visible=False)
+    return figure, f"Rows: all {T} inner steps; columns: {N} of the {config.batch_size} images of the batch."
+
+
+def draw_search(search):
+    """A teacher's accuracy against full training, and each method's cost against its worth, of a nas.json."""
+    config, rows, full = gtn.Config(**search["config"]), search["architectures"], search["truth"]
+    figure, (top, bottom) = new_figure(config, 6.8, 2, title=f"\n{len(rows)} architectures: {search['space']}")
+    means = [np.mean([trained["validation"] for trained in row["truth"]]) for row in rows]
+    look = {"c": [row["multiply_adds"] for row in rows], "norm": "log", "cmap": "viridis", "s": 22}
+    figure.colorbar(top.scatter([row["teacher"] for row in rows], means, **look), ax=top, label="multiply-adds")
+    spaced_by_error(top.xaxis, top.set_xscale)
+    spaced_by_error(top.yaxis, top.set_yscale)
+    top.set(xlabel="validation accuracy by the teacher", ylabel="validation accuracy\nafter full training")
+    teacher, control, truth = (search["seconds"][key]["mean"] for key in ("teacher", "control", "truth"))
+    free = teacher / 4  # real data is as costly as the teacher: set apart, or its bar would hide the other
+    x = {"teacher": teacher, "control": 1.15 * control, "ceiling": truth, "parameters": free / 1.3}
+    for (method, figures), colour, marker in zip(search["correlations"].items(), PALETTE, "osv^Dxp", strict=False):
+        value, low, high = (figures["spearman"]["all"][key] for key in ("value", "low", "high"))
+        if None not in (value, low, high):
+            bar = {"yerr": [[value - low], [high - value]], "capsize": 3, "linestyle": ""}
+            look = {"color": colour, "marker": marker, "label": METHODS.get(method, method)}
+            bottom.errorbar(x.get(method, 1.3 * free), value, **bar, **look)
+    bottom.set(xlabel="seconds for an architecture", ylabel="Spearman correlation\nwith full training")
+    logarithmic(bottom, bottom.xaxis)
+    bottom.axvspan(free / 3, free * 2, color="0.94", zorder=0)
+    bottom.text(free / 2.7, 0.5, "nothing trained", rotation=90, va="center", transform=bottom.get_xaxis_transform())
+    caption = f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; noise ceiling: "
+    origin = f"{search['environment']['device']}; `{search['environment']['command']}`."
+    return figure, f"{caption}one against another. Bars: 95 % intervals. {config.variant}, seed {config.seed}; {origin}"
+
+
+# ------------------------------------------------------------------------- pages and command line
 
 HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Figures</title><style>
 body { font: 16px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem } img { max-width: 100% }
 table { border-collapse: collapse; font-size: 85%; display: block; overflow-x: auto; white-space: nowrap }
-td { border-bottom: 1px solid #ccc; padding: .2rem .6rem } tr:first-child { font-weight: bold }
-</style>"""
+td { border-bottom: 1px solid #ccc; padding: .2rem .6rem } tr:first-child { font-weight: bold }</style>"""
+
+
+def picture(name, figure, caption):
+    """The block (see `write_pages`) of a figure, with one legend for all panels."""
+    if labels := {k: h for axes in figure.axes for h, k in zip(*axes.get_legend_handles_labels(), strict=True)}:
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(buffer := io.BytesIO(), metadata={"Software": None})
+    return "img", caption, re.sub(r"[^\w.-]+", "-", name), buffer.getvalue()
 
 
 def write_pages(out, blocks):
-    """README.md and report.html from blocks: ("h2" or "p", text), ("table", rows), ("img", title, file, bytes). `Code`
-    in a text is shown as code, and nothing else in it as markup."""
+    """Pictures, README.md and report.html, from blocks: ("h2" or "p", text), ("table", rows), ("img", caption, name,
+    bytes). `Code` in a text is shown as code, and nothing else in it as markup."""
 
     def rich(text):
         return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
     def plain(text):
-        parts = text.split("`")
-        return "`".join([part if i % 2 else re.sub(r"([|*<&])", r"\\\1", part) for i, part in enumerate(parts)])
+        return html.escape(text, quote=False).replace("|", "\\|")
 
     markdown, page = [], [HEAD]
     for kind, content, *picture in blocks:
         if kind == "table":
             lines = [f"| {' | '.join(map(plain, row))} |" for row in content]
             markdown.append("\n".join([lines[0], "| --- " * len(content[0]) + "|", *lines[1:]]))
-            rows = ["".join(f"<td>{rich(cell)}</td>" for cell in row) for row in content]
-            page.append("<table>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
-        elif kind == "img":
-            file, image = picture
-            markdown.append(f"![{plain(content)}]({file})")
-            source = f"data:image/{file[-3:]};base64,{base64.b64encode(image).decode()}"
-            page.append(f'<img alt="{rich(content)}" src="{source}">')
-        else:
-            markdown.append({"h2": "## ", "h3": "### ", "p": ""}[kind] + plain(content))
-            page.append(f"<{kind}>{rich(content)}</{kind}>")
-    gtn.write_file(out / "README.md", ("\n\n".join(markdown) + "\n").encode())
-    gtn.write_file(out / "report.html", "\n".join(page).encode())
+            rows = ["<tr>" + "".join(f"<td>{rich(cell)}</td>" for cell in row) for row in content]
+            page.append("<table>" + "\n".join(rows) + "</table>")
+            continue
+        if kind == "img":
+            name, image = picture
+            gtn.write(out / f"{name}.png", image)
+            markdown.append(f"![{name}]({name}.png)")
+            page.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(image).decode()}">')
+        markdown.append("## " * (kind == "h2") + plain(content))
+        page.append(f"<h2>{rich(content)}</h2>" if kind == "h2" else f"<p>{rich(content)}</p>")
+    gtn.write(out / "README.md", ("\n\n".join(markdown) + "\n").encode())
+    gtn.write(out / "report.html", "\n".join(page).encode())
 
 
-def encode(figure):
-    """A figure as the bytes of a PNG, an animation as those of a GIF."""
-    if isinstance(figure, FuncAnimation):
-        with tempfile.TemporaryDirectory() as folder:
-            figure.save(Path(folder, "figure.gif"), PillowWriter(fps=2.5))
-            return Path(folder, "figure.gif").read_bytes()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+def run_blocks(name, variants):
+    """All that is drawn of the runs of one config, after the commands that made them."""
+    runs = [run for found in variants.values() for run in found]
+    commands = [re.sub(r" --(variant|seed)[ =]\S+", lambda m: f" --{m[1]} {m[1].upper()}", run.command) for run in runs]
+    blocks = [("h2", name), ("p", "; ".join(f"`{command}`" for command in dict.fromkeys(commands)))]
+    for draw in (draw_training, draw_orders, draw_steps, draw_rates):
+        figure, caption = draw(variants, runs[0].config)
+        if any(axes.has_data() for axes in figure.axes):
+            blocks.append(picture(f"{name}-{draw.__name__[5:]}", figure, caption))
+    names = {f"{name}-{run.config.variant}-s{run.config.seed}-images": run for run in runs if run.teacher}
+    return blocks + [picture(name, *draw_images(run)) for name, run in names.items()]
 
 
-# ------------------------------------------------------------------------------------ command line
+def search_blocks(path):
+    """All that is drawn of a nas.json."""
+    search, name = gtn.read(path), path.parent.resolve().name
+    return [("h2", name), ("table", search_table(search)), picture(f"{name}-ranking", *draw_search(search))]
 
 
-def plan(experiments, searches, benchmarks, judge):
-    """What there is to draw, in order: (section, title, of what, function, its arguments, origin)."""
-    measure = functools.partial(difficulty, judge=judge)
-    for name, variants in experiments.items():
-        runs = [run for runs in variants.values() for run in runs]
-        for title in ("training", "orders", "steps", "rates", "difficulty"):
-            arguments = [variants, measure] if title == "difficulty" else [variants]
-            yield name, title, name, getattr(draw, f"draw_{title}"), arguments, origin(runs)
-        for run in runs:
-            what = f"{name}-{run.config.variant}-s{run.config.seed}"
-            titles = ("images", "classes", "growth") if run is variants[run.config.variant][0] else ("images",)
-            for title in titles if run.teacher else ("images",):
-                yield name, title, what, getattr(draw, f"draw_{title}"), [run], origin([run])
-    for search in searches:
-        yield search["name"], "ranking", search["name"], draw.draw_search, [search], search["origin"]
-    for benchmark in (x for x in benchmarks if "memory" in x):
-        yield "benchmark", "memory", "benchmark", draw.draw_memory, [benchmark], benchmark["origin"]
-
-
-def analyze(args):
-    """Draw all that the runs allow; returns the exit status: 1 where a damaged file was skipped."""
-    folder, out, device = Path(args.runs), Path(args.out), gtn.choose_device(args.device)
-    runs, searches, benchmarks, damaged = read_folder(folder, args.select)
-    experiments, remarks = group_runs(runs)
-    missing = collections.defaultdict(list)  # {(title, reason): [(name, command), ...]}
-    for name, variants in experiments.items():
-        for variant in (x for x in gtn.VARIANTS if x not in variants):
-            command = draw.command_of(next(iter(variants.values()))[0], variant)
-            missing[f"variants of {name}", "no such run"].append((variant, command))
-    if not searches:
-        teacher = shlex.quote(str(runs[0].folder / "teacher.pt")) if runs else "TEACHER.pt"
-        missing["ranking", "no nas.json"] = [("architectures", f"python nas.py {teacher}")]
-
-    @functools.lru_cache(1)
-    def judge(dataset):
-        try:
-            data = gtn.load_data(dataset, args.data, device)
-        except gtn.InputError as error:
-            return str(error)
-        return data, *train_classifier(data)
-
-    made = f"Made by `{shlex.join(['python', *sys.argv])}`. Accuracies: mean +- standard deviation of n fresh learners."
-    results = result_table(experiments)
-    blocks, sections = [("h2", "Results"), ("p", made), *([("table", results)] if len(results) > 1 else [])], set()
-    tables = {search["name"]: search_table(search) for search in searches}
-    for section, title, what, function, arguments, source in tqdm(
-        [*plan(experiments, searches, benchmarks, judge)], disable=None
-    ):
-        if section not in sections:
-            sections.add(section)
-            blocks += [("h2", section), *([("table", tables[section])] if section in tables else [])]
-        drawn = function(*arguments)
-        for name, reason, command in drawn.missing:
-            missing[title, reason].append((name, command))
-        if drawn.figure:
-            suffix = "gif" if isinstance(drawn.figure, FuncAnimation) else "png"
-            file, image = re.sub(r"[^\w.-]+", "-", f"{what}-{title}.{suffix}"), encode(drawn.figure)
-            gtn.write_file(out / file, image)
-            heading = f"{what}: {title}"
-            blocks += [("h3", heading), ("img", heading, file, image), ("p", f"{drawn.caption} {source}")]
+def main(arguments):
+    """The command line of analyze.py; it exits with status 1 where a damaged file was skipped."""
+    parser = argparse.ArgumentParser(prog="analyze.py", description="Draw whatever gtn.py and nas.py have left.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: figures in that of the runs)")
+    args, damaged = parser.parse_args(arguments), []
+    out = args.out or args.runs / "figures"
+    found = [attempt(damaged, path, read_run, damaged) for path in sorted(args.runs.rglob("config.json"))]
+    groups, remarks = group_runs([run for run in found if run])
+    made = f"Made by `{shlex.join(['python', 'analyze.py', *arguments])}`; mean +- standard deviation of n learners."
+    blocks, table = [("h2", "Results"), ("p", made)], result_table(groups)
+    blocks += [("table", table)] if len(table) > 1 else []
+    matplotlib.rcParams.update(STYLE)
+    for name, variants in groups.items():
+        blocks += run_blocks(name, variants)
+    for path in sorted(args.runs.rglob("nas.json")):
+        blocks += attempt(damaged, path, search_blocks)
+    if not (pictures := sum(kind == "img" for kind, *_ in blocks)):
+        raise gtn.InputError(f"nothing to draw in {args.runs}: make a run with python gtn.py, or name another --runs")
     write_pages(out, blocks)
-    for (title, reason), entries in missing.items():
-        names = ", ".join([name for name, _ in entries][:4]) + f" and {len(entries) - 4} more" * (len(entries) > 4)
-        likewise = " (the others likewise)" * (len(entries) > 1)
-        remarks.append(f"left out: {title} ({names}): {reason}: {entries[0][1]}{likewise}")
-    pictures = sum(block[0] == "img" for block in blocks)
-    print("\n".join(remarks))
-    print(f"{pictures} figures of {len(runs)} runs and {len(searches)} searches; open {out / 'report.html'}")
-    return 1 if damaged else 0
-
-
-def main(arguments=None):
-    """The command line; returns the exit status."""
-    try:
-        parser = gtn.argument_parser(prog="analyze.py", description="Draw every figure and table that the runs allow.")
-        parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
-        parser.add_argument("--out", default="figures", metavar="DIR", help="folder to write (default: figures)")
-        parser.add_argument("--select", default="*", metavar="GLOB", help="only folders of this name, such as 'A-*'")
-        with matplotlib.rc_context(draw.STYLE):
-            return analyze(parser.parse_args(arguments))
-    except gtn.InputError as error:
-        print(f"analyze.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("analyze.py: interrupted", file=sys.stderr)
-        return 130
+    remarks += filter(None, [next_command(run) for run in found if run])
+    print("\n".join([*remarks, f"{pictures} figures; open {out / 'report.html'}"]))
+    sys.exit(1 if damaged else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gtn.run("analyze.py", main, sys.argv[1:]))

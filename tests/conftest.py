@@ -26,19 +26,18 @@ def pytest_addoption(parser):
 def tiny(normalization="instance", **changes):
     """(teacher, data, theta, architecture, batches), all float64, 8x8 images."""
     torch.manual_seed(0)
-    settings = {
-        "inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4,
-        "filters": (4, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05,
-    }  # fmt: skip
-    config = gtn.Config(**settings | changes, normalization=normalization)
+    sizes = {"inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4}
+    settings = {"filters": (4, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05}
+    config = gtn.Config(**sizes | settings | changes, normalization=normalization)
     splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
     one = torch.ones(1, dtype=torch.float64)
     data = gtn.Data(*splits, 0 * one, one)
     teacher = gtn.Teacher(config, (1, 8, 8)).double()
     architecture = gtn.sample_architecture(config)
-    theta = gtn.init_learner(architecture, (1, 8, 8), dtype=torch.float64)
+    theta = gtn.init_learner(architecture, (1, 8, 8)).double()
     theta += 0.1 * torch.randn_like(theta)  # no zeros or ones that would hide a wrong derivative
-    return teacher, data, theta, architecture, gtn.meta_batches(data, config)
+    losses = [t % config.meta_loss_every == 0 for t in reversed(range(config.inner_steps))]
+    return teacher, data, theta, architecture, [gtn.sample(data.train, 12) if yes else None for yes in losses]
 
 
 @pytest.fixture
@@ -50,15 +49,14 @@ def tiny_problem():
 @pytest.fixture
 def small_glyphs(monkeypatch):
     """`gtn.load_data("glyphs", ...)` loads once and keeps few images, for runs inside this process."""
+    monkeypatch.setattr(gtn, "load_data", few_glyphs)
 
-    @functools.cache
-    def load(dataset, folder, device):
-        data = original(dataset, folder, device)
-        few = [gtn.Split(x.images[:400], x.labels[:400]) for x in data[:3]]
-        return gtn.Data(*few, data.mean, data.std)
 
-    original = gtn.load_data
-    monkeypatch.setattr(gtn, "load_data", load)
+@functools.cache
+def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
+    """The first 400 images of each split of a data set."""
+    data = load(dataset, folder, torch.device("cpu"))
+    return gtn.Data(*(gtn.Split(*(x[:400] for x in split)) for split in data[:3]), data.mean, data.std)
 
 
 @pytest.fixture
@@ -67,7 +65,8 @@ def run_gtn(tmp_path, capsys, small_glyphs):
 
     def run(*arguments, settings=TINY):
         where = [] if "--evaluate" in arguments else ["--runs", str(tmp_path / "runs"), "--set", *settings]
-        status = gtn.main([*where, *arguments])
+        capsys.readouterr()
+        status = gtn.run("gtn.py", gtn.main, [*where, "--device", "cpu", *map(str, arguments)])
         return status, *capsys.readouterr()
 
     return run
@@ -76,11 +75,9 @@ def run_gtn(tmp_path, capsys, small_glyphs):
 def shell(*arguments, script="gtn.py", **options):
     """The real command line: subprocess.run of `python gtn.py ...`, or of `python` and the words of a list."""
     words = script if isinstance(script, list) else [ROOT / script]
+    command = [sys.executable, *map(str, words), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, *map(str, words), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300, **options,
-    )  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
 
 
 @pytest.fixture
