@@ -724,7 +724,7 @@ def train(config, data, folder, resume=False, stop_after=None):
 
 
 def evaluate_file(path, learners, data, device, resume):
-    """--evaluate: print test accuracies of fresh learners, and keep them in evaluation.json; `resume`: what is missing."""
+    """--evaluate: print test accuracies of fresh learners, keep them in evaluation.json; `resume`: what is missing."""
     teacher, content = read_teacher(path, device)
     output, done, few = path.with_name("evaluation.json"), {}, 1 + learners // 10
     if resume and output.exists() and (old := read(output)).get("step") == content["step"]:
