@@ -39,8 +39,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-CLASSES = 10  # of every data set below
-FORMAT = 1  # version of the files that a run leaves
+CLASSES, FORMAT = 10, 1  # of every data set below; of the files that a run leaves
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 
 
@@ -58,15 +57,13 @@ CHOICES = {
     "normalization": ("layer", "instance", "batch"),
 }
 LEAST = {"seed": 0, "batch_size": 2, "inner_lr": 1e-9}  # of other whole numbers 1, of other numbers 0
-MOST = {"seed": 2**31 - 1, "inner_steps": 10**5, "batch_size": 10**5}  # of other numbers 10**7, of fractions 0.9999
-MOST |= dict.fromkeys(("momentum", "outer_beta1", "outer_beta2"), 0.9999)
+MOST = {"seed": 2**31 - 1, "outer_steps": 10**7, "momentum": 0.9999, "outer_beta1": 0.9999, "outer_beta2": 0.9999}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. paper: arXiv 1912.07768; earlier run: github.com/GoodAI/GTN; ours: found here."""
 
-    # experiment
     name: str = "A"  # set by --config, or yours; a run lies in <name>-<variant>-s<seed>
     variant: str = "learned"  # generator with learned, random_fixed or random latent input; pixels; real
     seed: int = 0  # fixes everything on a CPU, bit for bit
@@ -110,7 +107,7 @@ class Config:
             if name in CHOICES:
                 words, valid = f"one of {', '.join(CHOICES[name])}", valid and value in CHOICES[name]
             elif kind in (int, float):
-                low, high = LEAST.get(name, int(kind is int)), MOST.get(name, 10**7)
+                low, high = LEAST.get(name, int(kind is int)), MOST.get(name, 10**5)
                 words, valid = f"{words}, from {low} to {high:,}", valid and low <= value <= high
             elif kind is tuple:
                 ranges = [f if type(f) is tuple and len(f) == 2 else (f, f) for f in value] if valid else []
@@ -228,10 +225,11 @@ class Teacher(nn.Module):
             return Curriculum(*sample(data.train, T, B), lr, momentum)
         if config.variant == "pixels":
             return Curriculum(self.images, labels, lr, momentum)
-        fresh = config.variant == "random"
-        latent = torch.randn(T, B, config.latent_size, device=lr.device, dtype=lr.dtype) if fresh else self.latent
+        latent = lr.new_empty(T, B, config.latent_size).normal_() if config.variant == "random" else self.latent
         inputs = torch.cat([latent, F.one_hot(labels, CLASSES).to(latent)], 2)
-        make = functools.partial(checkpoint, self.generator, use_reentrant=False) if config.flat else self.generator
+        make = self.generator
+        if config.flat:  # holds no graph, and makes each step's images again for their gradient
+            make = functools.partial(checkpoint, make, use_reentrant=False, preserve_rng_state=False)
         images = torch.stack([config.image_scale * make(step) for step in inputs])
         return Curriculum(images, labels, lr, momentum)
 

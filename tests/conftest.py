@@ -40,18 +40,6 @@ def tiny(normalization="instance", **changes):
     return teacher, data, theta, architecture, [gtn.sample(data.train, 12) if yes else None for yes in losses]
 
 
-@pytest.fixture
-def tiny_problem():
-    """A function (normalization, **changes) -> what `tiny` returns."""
-    return tiny
-
-
-@pytest.fixture
-def small_glyphs(monkeypatch):
-    """`gtn.load_data("glyphs", ...)` loads once and keeps few images, for runs inside this process."""
-    monkeypatch.setattr(gtn, "load_data", few_glyphs)
-
-
 @functools.cache
 def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
     """The first 400 images of each split of a data set."""
@@ -60,8 +48,9 @@ def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
 
 
 @pytest.fixture
-def run_gtn(tmp_path, capsys, small_glyphs):
+def run_gtn(tmp_path, capsys, monkeypatch):
     """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit status, output, error)."""
+    monkeypatch.setattr(gtn, "load_data", few_glyphs)
 
     def run(*arguments, settings=TINY):
         where = [] if "--evaluate" in arguments else ["--runs", str(tmp_path / "runs"), "--set", *settings]

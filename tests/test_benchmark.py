@@ -13,7 +13,7 @@ METHODS = ["full graph", "flat", *["higher"] * bool(importlib.util.find_spec("hi
 
 @pytest.fixture
 def config():
-    return benchmark.make_config("A", benchmark.TINY)
+    return gtn.make_config("A", benchmark.TINY)
 
 
 def test_methods_have_one_meta_gradient(config):

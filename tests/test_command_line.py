@@ -8,13 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, few_glyphs, shell
+from conftest import ROOT, TINY, shell
 
 import gtn
-
-
-def losses(folder):
-    return [line["meta_loss"] for line in gtn.read(folder / "log.jsonl") if line["event"] == "step"]
 
 
 def test_a_run_end_to_end(tmp_path):
@@ -42,20 +38,6 @@ def test_a_run_end_to_end(tmp_path):
     teacher, content = gtn.read_teacher(folder / "teacher.pt")
     assert content["step"] == 3
     assert torch.equal(teacher(None).images, content["curriculum"].images)
-
-
-def test_one_seed_gives_one_run(run_gtn, tmp_path):
-    for runs in ("one", "two"):
-        status, _, error = run_gtn("--outer-steps", "3", "--variant", "random")
-        assert status == 0, error
-        (tmp_path / "runs").rename(tmp_path / runs)
-    one, two = tmp_path / "one" / "quick-random-s0", tmp_path / "two" / "quick-random-s0"
-    assert len(losses(one)) == 3
-    assert losses(one) == losses(two)
-    states = [gtn.read_teacher(folder / "teacher.pt")[0].state_dict() for folder in (one, two)]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    run_gtn("--outer-steps", "3", "--variant", "random", "--seed", "1")
-    assert losses(tmp_path / "runs" / "quick-random-s1") != losses(one)
 
 
 @pytest.mark.parametrize("variant", gtn.VARIANTS)
@@ -97,27 +79,19 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run_gtn, tmp_path, monkeypat
     assert len(measured) == 6
 
 
-def test_transductive_figures_of_batch_normalisation(run_gtn, tmp_path):
-    status, _, error = run_gtn("--outer-steps", "1", settings=[*TINY, "normalization=batch", "filters=[4,5]"])
+def test_rows_of_an_evaluation(run_gtn, tmp_path):
+    """Batch normalisation has a transductive figure; three blocks leave no room for one more."""
+    status, _, error = run_gtn("--outer-steps", "1", settings=[*TINY, "normalization=batch", "filters=[2,2,2,2]"])
     assert status == 0, error
     rows = gtn.read(tmp_path / "runs" / "quick-learned-s0" / "evaluation.json")["rows"]
-    found = {row["order"]: row["accuracies"] for row in rows if row["architecture"] == "training"}
-    assert list(found) == [*gtn.ORDERS, "transductive", "every step"]
-    assert found["transductive"] != found["in order"]
+    assert [row["order"] for row in rows] == [*gtn.ORDERS, "transductive", "every step", "in order"]
+    assert rows[-1]["architecture"] == "double width"
+    assert rows[3]["accuracies"] != rows[0]["accuracies"]
 
 
-def test_an_architecture_too_deep_to_evaluate(run_gtn, tmp_path):
-    status, output, error = run_gtn("--outer-steps", "1", settings=[*TINY, "filters=[2,2,2]"])
-    assert status == 0, error
-    assert "double width" in output
-    assert "one more block" not in output
-
-
-def test_help_lists_flags_and_settings():
+def test_help_lists_every_setting():
     result = shell("--help")
     assert result.returncode == 0
-    for flag in "config variant seed outer-steps device data runs set resume stop-after evaluate learners".split():
-        assert f"--{flag}" in result.stdout
     for field in gtn.dataclasses.fields(gtn.Config):
         assert re.search(rf"^    {field.name}: \w+ = .*  # \w+", result.stdout, re.MULTILINE), field.name
 
@@ -152,16 +126,17 @@ REFUSED = [
     ("--set name=../elsewhere", "name="),
     ("--set name=123", "name=123: must be like"),
     ("--set flat=1", "flat=1: must be like false"),
-    ("--set hidden_size=2000000000", "hidden_size=2000000000: must be like 512, from 1 to 10,000,000"),
+    ("--set hidden_size=2000000000", "hidden_size=2000000000: must be like 512, from 1 to 100,000"),
     ("--set inner_steps=2147483647", "inner_steps=2147483647: must be"),
     ("--set meta_batch_size=2000000000", "meta_batch_size=2000000000: must be"),
     ("--set filters=[1048575]", "filters=[1048575]: must be"),
-    ("--set latent_size=10000000 hidden_size=1000000", "out of memory: choose smaller sizes"),
+    ("--set hidden_size=100000 generator_filters=100000", "out of memory: choose smaller sizes"),
     ("--outer-steps 0", "outer_steps=0: must be like 5000, from 1"),
     ("--outer-steps x", "argument --outer-steps: invalid int value: 'x'"),
     ("--seed -1", "seed=-1: must be like 0, from 0"),
     ("--stop-after 0", "--stop-after: must be at least 1"),
     ("--device tpu", "--device tpu: must be auto, cpu or cuda"),
+    *[("--device cuda", "must be auto, cpu or cuda; 0 CUDA devices are here")] * (not torch.cuda.is_available()),
     ("--nosuch", "unrecognized arguments: --nosuch"),
     ("--evaluate nosuch.pt", "cannot read nosuch.pt"),
     ("--evaluate nosuch.pt --seed 0", "--evaluate goes with --learners"),
@@ -178,7 +153,7 @@ def test_bad_input(run_gtn, tmp_path, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("size", ["filters=[65535,65535]", "meta_batch_size=10000000"])
+@pytest.mark.parametrize("size", ["filters=[65535,65535]", "filters=[65535]"])
 def test_what_does_not_fit_into_memory(tmp_path, size):
     """In a process of its own: what has been allocated by then is given back."""
     result = shell("--outer-steps", 1, "--runs", tmp_path, "--device", "cpu", "--set", *TINY, size, cwd=tmp_path)
@@ -193,12 +168,6 @@ def test_bad_input_through_the_real_command_line(tmp_path):
     assert "x" * 60 in result.stderr
     assert "x" * 61 not in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda_device(run_gtn):
-    status, _, error = run_gtn("--device", "cuda")
-    assert (status, error) == (2, "gtn.py: error: --device cuda: must be auto, cpu or cuda; 0 CUDA devices are here\n")
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
@@ -225,18 +194,6 @@ def test_labels_that_are_none(labels, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST", MNIST)
     with pytest.raises(gtn.InputError, match="labels must be 2 from 0 to 9"):
         gtn.load_data("mnist", "nowhere", torch.device("cpu"))
-
-
-@pytest.mark.parametrize("text", ['{\n "quick": {,}\n}', "[1]", '{"quick": {"inner_stepz": 3}}', "\xff", "", None])
-def test_bad_configs_file(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(gtn, "__file__", str(tmp_path / "gtn.py"))
-    if text is not None:
-        (tmp_path / "configs.json").write_text(text, encoding="latin-1")
-    status = gtn.run("gtn.py", gtn.main, ["--outer-steps", "1", "--runs", str(tmp_path / "runs")])
-    error = capsys.readouterr().err
-    assert (status, error.count("\n")) == (2, 1), error
-    assert "configs.json" in error or "unknown setting 'inner_stepz'" in error
-    assert not (tmp_path / "runs").exists()
 
 
 def test_malformed_input_never_ends_in_a_traceback(tmp_path, monkeypatch, capsys):
@@ -276,7 +233,7 @@ def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(run_gtn, tmp_
         return loss * (float("nan") if len(calls) == 3 and what == "meta-loss" else 1), *gradients
 
     monkeypatch.setattr(gtn, "meta_gradient", explode)
-    settings = [*TINY, *["outer_lr=10000000"] * (what == "phi")]
+    settings = [*TINY, *["outer_lr=100000"] * (what == "phi")]
     status, _, error = run_gtn("--outer-steps", "50", settings=settings)
     line = error.splitlines()[-1]
     assert status == 2
@@ -285,11 +242,3 @@ def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(run_gtn, tmp_
     teacher, content = gtn.read_teacher(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
     assert content["step"] == int(re.search(r"at outer step (\d+)", line)[1])
     assert all(p.isfinite().all() for p in teacher.state_dict().values())
-
-
-def test_mnist_through_the_command_line(mnist, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gtn, "load_data", lambda *_: few_glyphs("mnist", load=lambda *_: mnist))
-    settings = ["filters=[4,8]", "validation_images=200", "test_learners=1", "inner_steps=2"]
-    arguments = ["--config", "C", "--outer-steps", "1", "--runs", str(tmp_path), "--set", *settings]
-    assert gtn.run("gtn.py", gtn.main, arguments) == 0
-    assert "C-learned-s0: 1 of 1 outer steps" in capsys.readouterr().out

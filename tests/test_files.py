@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -68,17 +67,6 @@ def test_torchrun(tmp_path):
     losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_resume_starts_what_is_not_there_and_reports_what_is_done(run_gtn, tmp_path):
-    assert run_gtn("--outer-steps", "2", "--resume")[0] == 0
-    before = contents(tmp_path)
-    status, output, _ = run_gtn("--outer-steps", "2", "--resume")
-    assert status == 0
-    assert re.search(r"training +in order +0\.\d", output)
-    after = contents(tmp_path)
-    assert after.pop("evaluation.json") == before.pop("evaluation.json")
-    assert after == before
 
 
 def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
@@ -142,8 +130,6 @@ def test_ctrl_c_and_a_second_process(tmp_path):
     assert error.splitlines()[-1].startswith("gtn.py: interrupted")
     assert "--resume continues" in error
     assert checkpoint_step(folder) >= 2
-    assert shell("--outer-steps", 100_000, "--device", "cpu", "--runs", tmp_path, "--stop-after", 1, "--resume",
-                 "--set", *TINY, "test_learners=1").returncode == 0  # fmt: skip
 
 
 def test_kill_9_at_random_moments(tmp_path, request):
@@ -212,8 +198,8 @@ def damages(content, tmp_path):
     nan, curriculum = torch.tensor(torch.nan), loaded["curriculum"]
     for name, x in loaded["teacher"].items():
         yield f"nan {name}", packed(loaded | {"teacher": loaded["teacher"] | {name: x * nan}})
-    for x in (torch.ones(2), nan.repeat(1), torch.ones(1).double(), [0.5]):
-        yield "another mean", packed(loaded | {"mean": x})
+    yield "another mean", packed(loaded | {"mean": torch.ones(2)})
+    yield "a std of nan", packed(loaded | {"std": nan.repeat(1)})
     images, labels = curriculum["images"], curriculum["labels"]
     changes = [("images", x) for x in (images.double(), images.long(), images.cfloat(), images[..., :27], images * nan)]
     changes += [("labels", x) for x in (labels - 1, labels + 5, labels.float(), labels[:2])]
@@ -262,31 +248,11 @@ def test_a_full_disk_leaves_the_old_files(run_gtn, tmp_path, monkeypatch):
     assert run_gtn("--outer-steps", "4", "--resume")[0] == 0
 
 
-def test_a_file_size_limit_is_a_full_disk(tmp_path):
-    """The real thing, by the kernel: writing fails half-way."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    result = shell("--outer-steps", 1, "--runs", tmp_path, "--set", *TINY, preexec_fn=limit)
-    assert result.returncode == 2
-    line = result.stderr.splitlines()[-1]
-    assert re.match(r"gtn.py: error: cannot write .*(teacher|checkpoint)\.pt: File too large", line)
-    assert not list(tmp_path.glob("*/*.pt*"))
-
-
-@pytest.mark.parametrize("damage", ["a file", "read-only"])
-def test_runs_that_cannot_be_written(run_gtn, tmp_path, damage):
-    if damage == "a file":
-        (tmp_path / "runs").write_text("mine")
-    elif os.geteuid() == 0:
-        pytest.skip("root writes to read-only folders")
-    else:
-        (tmp_path / "runs").mkdir(mode=0o555)
+def test_runs_that_cannot_be_written(run_gtn, tmp_path):
+    (tmp_path / "runs").write_text("mine")
     status, _, error = run_gtn("--outer-steps", "1")
-    assert (status, error.splitlines()[-1][:7]) == (2, "gtn.py:")
-    assert "Traceback" not in error
+    assert (status, error.splitlines()[-1][:14]) == (2, "gtn.py: error:")
+    assert (tmp_path / "runs").read_text() == "mine"
 
 
 def test_a_half_written_last_line_of_a_log(tmp_path):
@@ -297,6 +263,14 @@ def test_a_half_written_last_line_of_a_log(tmp_path):
         log.write_text(text)
         with pytest.raises(gtn.InputError, match=r"log\.jsonl"):
             gtn.read(log)
+
+
+def test_readme_quotes_the_definition():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    signature, _, body = blocks[0].partition("\n")
+    source = (ROOT / "gtn.py").read_text()
+    assert signature in source
+    assert body in source
 
 
 def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Exact values: meta-gradient, optimizer, learner, teacher, data."""
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -104,15 +103,13 @@ def test_flat_equals_the_full_graph(normalization, variant):
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
-def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch):
-    for every, expected in ((1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])):
-        teacher, data, theta, architecture, _ = tiny(meta_loss_every=every)
-        original, found = gtn.meta_gradient, []
-        with monkeypatch.context() as patch:
-            patch.setattr(gtn, "meta_gradient", lambda *a, f=found, o=original: f.append(a[-1]) or o(*a))
-            gtn.add_meta_gradient(teacher, data, theta, architecture)
-        assert [t for t, real in enumerate(found[0], 1) if real is not None] == expected
-        assert {len(real.labels) for real in found[0] if real is not None} == {12}
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])])
+def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch, every, expected):
+    teacher, data, theta, architecture, _ = tiny(meta_loss_every=every)
+    original, found = gtn.meta_gradient, []
+    monkeypatch.setattr(gtn, "meta_gradient", lambda *arguments: found.extend(arguments[-1]) or original(*arguments))
+    gtn.add_meta_gradient(teacher, data, theta, architecture)
+    assert [t for t, real in enumerate(found, 1) if real is not None and len(real.labels) == 12] == expected
 
 
 def test_an_unroll_is_torch_sgd_on_the_network():
@@ -192,13 +189,9 @@ def test_initialisation():
 
 def test_sampled_learners_are_of_their_size():
     torch.manual_seed(0)
-    config, seen = gtn.Config(filters=((32, 63), (64, 127))), set()
-    for _ in range(300):
-        f1, f2 = gtn.sample_architecture(config).filters
-        seen.update([f1, -f2])
-    assert (min(seen), max(seen)) == (-127, 63)  # both ends included
-    assert min(x for x in seen if x > 0) == 32
-    assert max(x for x in seen if x < 0) == -64
+    config = gtn.Config(filters=((32, 63), (64, 127)))
+    first, second = zip(*(gtn.sample_architecture(config).filters for _ in range(600)), strict=True)
+    assert (min(first), max(first), min(second), max(second)) == (32, 63, 64, 127)  # both ends included
     assert gtn.sample_architecture(config, widest=True).filters == (63, 127)
     count = len(gtn.init_learner(gtn.Architecture((5, 7), (3, 3)), (1, 28, 28)))
     assert count == (9 * 5 + 2 * 5) + (9 * 5 * 7 + 2 * 7) + (10 * 49 * 7 + 10)
@@ -222,7 +215,6 @@ def test_a_padded_learner_is_the_learner_without_padding(normalization):
             assert gtn.sample_architecture(config) == small
             theta = gtn.init_learner(small, image_shape).double()
         seen.add(small.filters)
-        assert len(padded) == len(gtn.init_learner(widest, image_shape))
         expected = gtn.meta_gradient(theta, curriculum, small, batches)
         for x, y in zip(gtn.meta_gradient(padded, curriculum, widest, batches), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
@@ -256,15 +248,6 @@ def test_predictions_do_not_depend_on_the_other_images(normalization):
     assert torch.allclose(gtn.logits(theta, images, architecture), together) == (normalization != "batch")
 
 
-def test_the_generator_sees_one_inner_step_at_a_time():
-    teacher, data, *_ = tiny(batch_size=6)
-    before = teacher(data).images
-    with torch.no_grad():
-        teacher.latent[2] += 1
-    changed = (teacher(data).images != before).flatten(1).any(1)
-    assert changed.tolist() == [False, False, True, False, False]
-
-
 def test_variants():
     for variant in gtn.VARIANTS:
         teacher, data, *_ = tiny(variant=variant, batch_size=12)
@@ -276,11 +259,7 @@ def test_variants():
         learned = {name.split(".")[0] for name, _ in teacher.named_parameters()}
         expected = {"learned": {"latent", "generator"}, "pixels": {"images"}, "real": set()}.get(variant, {"generator"})
         assert learned == expected | {"log_lr", "logit_momentum"}, variant
-        if variant == "real":
-            pairs = {(x.sum().item(), int(y)) for x, y in zip(*data.train, strict=True)}
-            drawn = zip(first.images.flatten(0, 1), first.labels.flatten(), strict=True)
-            assert all((x.sum().item(), int(y)) in pairs for x, y in drawn)
-        else:
+        if variant != "real":
             assert first.labels[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
@@ -295,29 +274,6 @@ def test_every_variant_takes_outer_steps(flat):
             assert 0 < meta_loss < 20
             assert norm > 0
         assert all((p != before[name]).any() for name, p in teacher.named_parameters()), variant
-
-
-def steps_of_a_rank(rank, world, learners, steps, folder):
-    """Outer steps in this process, one of `world`; the teacher's parameters and the losses end in a file."""
-    gtn.RANK, gtn.WORLD = rank, world
-    if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    teacher, data, *_ = tiny(learners_per_step=learners, filters=((2, 4), (3, 5)), variant="random")
-    optimizer = torch.optim.Adam(teacher.parameters())
-    losses = torch.tensor([gtn.outer_step(teacher, optimizer, data, step) for step in range(steps)])
-    torch.save([losses, *(p.detach() for p in teacher.parameters())], folder / f"{world}-{rank}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_are_one_process_with_two_learners(tmp_path):
-    """Own learners, architectures, latent inputs and real batches on each rank; the same phi on both and on one."""
-    torch.multiprocessing.spawn(steps_of_a_rank, (2, 2, 3, tmp_path), nprocs=2)
-    steps_of_a_rank(0, 1, 4, 3, tmp_path)
-    one, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for rank in ranks:
-        for x, y in zip(rank, one, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
 def test_learners_of_an_outer_step_are_averaged():
@@ -406,27 +362,14 @@ def test_orders():
     assert all(map(torch.equal, curriculum, curriculum.shuffled("in order")))
     torch.manual_seed(1)
     batches, everything = curriculum.shuffled("batch-shuffled"), curriculum.shuffled("all-shuffled")
-    rows = {tuple(x.flatten().tolist()) for x in curriculum.images}
-    assert {tuple(x.flatten().tolist()) for x in batches.images} == rows
-    assert not torch.equal(batches.images, curriculum.images)
-    assert {tuple(x.flatten().tolist()) for x in everything.images} != rows
-
-    def pairs(c):
-        return sorted((*x.flatten().tolist(), int(y)) for x, y in zip(c.images.flatten(0, 1), c.labels.flatten()))  # noqa: B905
-
-    assert pairs(curriculum) == pairs(batches) == pairs(everything)
-    assert torch.equal(everything.lr, curriculum.lr)
-
-
-def test_fresh_learners_depend_on_their_number_alone():
-    teacher, data, *_ = tiny(variant="random", filters=((2, 9), (2, 9)))
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    two, four = (gtn.evaluate(teacher, data, data.test, n)["accuracies"] for n in (2, 4))
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(6)
-    assert gtn.evaluate(teacher, data, data.test, 2)["accuracies"] == two == four[:2]
-    assert len(set(four)) > 1
+    rows, *others = ([x.sum().item() for x in c.images] for c in (curriculum, batches, everything))
+    assert rows != others[0]
+    assert sorted(rows) == pytest.approx(sorted(others[0]))
+    assert sorted(rows) != pytest.approx(sorted(others[1]))
+    for other in (batches, everything):
+        expected, found = (torch.stack([c.images.sum((2, 3, 4)), c.labels]).flatten(1) for c in (curriculum, other))
+        torch.testing.assert_close(*(x[:, x[0].argsort()] for x in (found, expected)))  # each image keeps its label
+        assert torch.equal(other.lr, curriculum.lr)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -456,22 +399,17 @@ def test_summary_by_hand():
 
 
 def test_glyphs():
-    started = time.monotonic()
     data = gtn.load_data("glyphs", "nowhere", torch.device("cpu"))
-    assert time.monotonic() - started < 15
     assert not set(gtn.FONTS) & set(gtn.TEST_FONTS)
     images = torch.cat([split.images for split in data[:3]]).flatten(1)
     assert images.shape == (25_000, 784)
     assert len(torch.unique(images, dim=0)) == 25_000  # disjoint
     for split in data[:3]:
         assert split.labels.bincount().tolist() == [len(split.labels) // 10] * 10
-    unseen = data.test.images[1:1000:2] * data.std + data.mean  # every second one
-    drawn, labels = gtn.draw_glyphs(500, gtn.TEST_FONTS, 2)
-    assert torch.equal(labels, data.test.labels[1:1000:2])
+    unseen, _ = gtn.draw_glyphs(2_500, gtn.TEST_FONTS, 2)
+    torch.testing.assert_close(data.test.images[1::2] * data.std + data.mean, unseen, rtol=0, atol=1e-5)
     assert data.train.images.mean().item() == pytest.approx(0, abs=1e-3)
     assert data.train.images.std().item() == pytest.approx(1, abs=1e-3)
-    pixels = unseen[:, 0, 4:24, 4:24].mean((1, 2)) - drawn[:, 0, 4:24, 4:24].mean((1, 2))
-    assert pixels.abs().mean() < 0.05  # the same glyphs, under other noise
 
 
 def test_mnist(mnist):
