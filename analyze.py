@@ -195,10 +195,19 @@ def logarithmic(axes, axis):
     axis.set_minor_locator(NullLocator())
 
 
+class AccuracyLocator(FixedLocator):
+    """Ticks at accuracies that are often compared; evenly spaced ones where fewer than two of those are in view."""
+
+    def __call__(self):
+        low, high = sorted(self.axis.get_view_interval())
+        seen = [x for x in self.locs if low <= x <= high]
+        return seen if len(seen) > 1 else MaxNLocator(4).tick_values(low, high)
+
+
 def spaced_by_error(axis, set_scale):
     """An axis of accuracies, spaced like the logarithm of the error, so that those near 1 can be told apart."""
     set_scale("function", functions=(lambda a: -np.log10(np.maximum(1 - a, 1e-4)), lambda y: 1 - 10.0**-y))
-    axis.set_major_locator(FixedLocator([0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]))
+    axis.set_major_locator(AccuracyLocator([0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]))
     axis.set_major_formatter("{x:g}")
 
 
@@ -220,6 +229,8 @@ def draw_mean(axes, series, colour, log=False, **options):
     axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    if len(xs) == 1:
+        axes.set_xlim(xs[0] - 1, xs[0] + 1)
 
 
 def draw_training(variants, config):

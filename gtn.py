@@ -77,14 +77,13 @@ class Config:
     image_scale: float = 2.0  # pixels are scale * tanh; paper: 2
     inner_lr: float = 0.005  # alpha at the start; paper: 0.02, where (64, 128) filters diverge
     momentum: float = 0.5  # mu at the start; paper: 0.5
-    # learner and meta-gradient
+    # learner, meta-gradient and outer step
     filters: tuple = (64, 128)  # per conv block; [low, high]: sampled for every learner
     normalization: str = "instance"  # layer, instance: per sample; batch: of the last synthetic batch
     meta_batch_size: int = 256  # real images per meta-loss; earlier run: 1024; paper: 128
     meta_loss_every: int = 10  # inner steps from one meta-loss to the next, the last always; paper: 1
     flat: bool = False  # memory that hardly grows with T, for a third more time
-    # outer optimizer: Adam with cosine decay
-    outer_steps: int = 5000  # length of the schedule; earlier run: 5000; paper: 2000
+    outer_steps: int = 5000  # length of Adam's cosine schedule; earlier run: 5000; paper: 2000
     outer_lr: float = 0.02  # paper: 0.02; earlier run: 0.01
     outer_lr_end: float = 0.1  # fraction of outer_lr at the end; paper: 0.1
     outer_beta1: float = 0.5  # ours: 0.5, better after 25 and 50 outer steps; paper: 0.9
@@ -112,7 +111,7 @@ class Config:
             elif kind is tuple:
                 ranges = [f if type(f) is tuple and len(f) == 2 else (f, f) for f in value] if valid else []
                 valid = ranges and all(type(a) is type(b) is int and 1 <= a <= b < 2**16 for a, b in ranges)
-                words = f"{words}, with [low, high] for a number that is to be sampled"
+                words = f"{words}: from 1 to 65,535, [low, high] for a number to sample"
             elif name == "name":
                 words, valid = f"{words}: letters, digits, - and _", valid and re.fullmatch(r"\w[\w.-]{0,99}", value)
             if not valid:
@@ -251,21 +250,22 @@ def network(x, architecture, parameter, reference=None):
     `reference` images, the last synthetic batch, so that a prediction never depends on the other real images; without a
     reference, those of x itself. Raises InputError where x is too small.
     """
-    kind, size, statistics = architecture.normalization, "x".join(map(str, x.shape[2:])), len(x)
+    kind, size = architecture.normalization, "x".join(map(str, x.shape[2:]))
+    counted = len(x)  # of how many rows the batch statistics are
     dims = {"layer": (1, 2, 3), "instance": (2, 3), "batch": (0, 2, 3)}[kind]
     if kind == "batch" and reference is not None:
-        x, statistics = torch.cat([reference, x]), len(reference)
+        x, counted = torch.cat([reference, x]), len(reference)
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         if (x.shape[2] // 2) * (x.shape[3] // 2) < (2 if kind == "instance" else 1):  # one pixel has no variance
             raise InputError(f"{len(architecture.filters)} conv blocks are too deep for images of {size}")
         weight = parameter(nn.init.kaiming_normal_, filters, kernel, kernel, x.shape[1])  # channels-last is faster
         x = F.conv2d(x, weight.permute(0, 3, 1, 2), padding=kernel // 2)
         x = max_pool(x) if architecture.pooling == "max" else F.avg_pool2d(x, 2)
-        x = x - x[:statistics].mean(dims, keepdim=True)
-        deviation = (x[:statistics].square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        x = x - x[:counted].mean(dims, keepdim=True)
+        deviation = (x[:counted].square().mean(dims, keepdim=True) + 1e-5).sqrt()
         scale, shift = parameter(nn.init.ones_, filters, 1, 1), parameter(nn.init.zeros_, filters, 1, 1)
         x = F.leaky_relu(x * (scale / deviation) + shift)
-    x = (x if statistics == len(x) else x[statistics:]).permute(0, 2, 3, 1)
+    x = (x if counted == len(x) else x[counted:]).permute(0, 2, 3, 1)
     weight = parameter(nn.init.zeros_, CLASSES, *x.shape[1:])  # ours: Kaiming's cost 2 points (results/README.md)
     return F.linear(x.flatten(1), weight.flatten(1), parameter(nn.init.zeros_, CLASSES))
 
@@ -381,8 +381,9 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
     for t in reversed(range(len(batches))):
         images, labels, lr, momentum = (leaf(x[t]) for x in curriculum)
         theta, velocity = leaf(theta + lr * velocities[t + 1]), leaf(velocities[t])
-        outputs, weights = inner_step(theta, velocity, images, labels, lr, momentum, architecture, True), adjoint
-        if batches[t]:
+        outputs = inner_step(theta, velocity, images, labels, lr, momentum, architecture, create_graph=True)
+        weights = adjoint
+        if batches[t]:  # the meta-loss is one more output, of weight 1
             loss = real_loss(outputs[0], batches[t], architecture, images) / sum(map(bool, batches))
             meta_loss = meta_loss + loss.detach()
             outputs, weights = (*outputs, loss), (*adjoint, torch.ones_like(loss))
@@ -556,7 +557,7 @@ def reading(path):
         with warnings.catch_warnings(action="ignore"):  # the error says enough
             yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split('. ')[0].split())[:150]}"
         raise InputError(f"cannot read {path}: missing, damaged, or not what it should be ({reason})") from None
 
 
@@ -653,9 +654,9 @@ def begin(config, data, folder, resume):
     if RANK == 0 and (folder / "config.json").exists():
         with reading(folder / "config.json"):
             ours, theirs = vars(config), vars(Config(**read(folder / "config.json")["config"]))
-        other = ", ".join(key for key in ours if ours[key] != theirs[key])
+        other = "; ".join(f"{key}={theirs[key]!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs[key])
         if other or not resume:
-            run = f"a run with another {other}" if other else "this run: continue it with --resume"
+            run = f"a run with {other}" if other else "this run: continue it with --resume"
             raise InputError(f"{folder} holds {run}; or choose another --runs, or --set name=NAME")
     if not path.exists():
         return teacher, optimizer, 0, []
@@ -805,7 +806,7 @@ def run(program, command, arguments):
             raise
         line, status = "error: out of memory: choose smaller sizes, batch_size and meta_batch_size first, or flat", 2
     except KeyboardInterrupt:
-        line, status = "interrupted; what is done is kept: the same command with --resume continues", 130
+        line, status = "interrupted: the same command with --resume continues at the last checkpoint", 130
     print(f"{program}: {line}", file=sys.stderr)
     return status
 
@@ -839,7 +840,8 @@ def main(arguments=None):
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
     if RANK == 0:
-        print(f"{folder}: {steps} of {config.outer_steps} outer steps; teacher.pt is there, --resume continues")
+        unfinished = "; --resume continues" * (steps < config.outer_steps)
+        print(f"{folder}: {steps} of {config.outer_steps} outer steps; teacher.pt is there{unfinished}")
     if RANK == 0 and steps == config.outer_steps:
         evaluate_file(folder / "teacher.pt", config.test_learners, data, device, resume=True)
 

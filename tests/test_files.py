@@ -78,7 +78,7 @@ def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
     assert "--runs" in error
     status, _, error = run_gtn("--outer-steps", "3", "--resume")
     assert (status, error.count("\n")) == (2, 1)
-    assert "a run with another outer_steps" in error
+    assert "a run with outer_steps=2, now 3" in error
     (tmp_path / "runs" / "quick-learned-s0" / "checkpoint.pt").unlink()  # a published run has none
     assert run_gtn("--outer-steps", "2")[0] == 2
     after = contents(tmp_path)
