@@ -316,6 +316,7 @@ def draw_images(run):
     sheet = F.pad(images, (1, 0, 1, 0), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     grey, (height, width) = sheet.shape[2] == 1, sheet.shape[:2]
     figure, axes = new_figure(config, 5 * height / width + 0.9, title=f"\n{config.variant}, seed {config.seed}")
+    figure.set_layout_engine("compressed")  # for axes of a fixed shape
     if grey:
         picture = axes.imshow(sheet[..., 0].numpy(), "RdBu_r", vmin=-images.abs().max(), vmax=images.abs().max())
         figure.colorbar(picture, ax=axes, label="pixel value", fraction=0.03)
