@@ -705,12 +705,9 @@ def train(config, data, folder, resume=False, stop_after=None):
         while step < last:
             meta_loss, gradient_norm, phi_norm = outer_step(teacher, optimizer, data, step, replay)
             if not math.isfinite(meta_loss + gradient_norm + phi_norm):
-                norms = (
-                    f"meta-loss {meta_loss}, gradient norm {gradient_norm}, norm of phi {phi_norm} at outer step {step}"
-                )
-                raise InputError(
-                    f"{norms}: {folder / 'teacher.pt'} is still good; choose a smaller outer_lr or inner_lr"
-                )
+                norms = f"meta-loss {meta_loss}, gradient norm {gradient_norm}, norm of phi {phi_norm}"
+                good = f"{folder / 'teacher.pt'} is still good"
+                raise InputError(f"{norms} at outer step {step}: {good}; choose a smaller outer_lr or inner_lr")
             step += 1
             note("step", meta_loss=meta_loss, gradient_norm=gradient_norm)
             bar.update()
@@ -798,6 +795,8 @@ def run(program, command, arguments):
         if WORLD > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         command(arguments)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         return 0
     except (InputError, OSError) as error:
         line, status = f"error: {error}", 2
