@@ -53,6 +53,7 @@ VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 CHOICES = {
     "variant": VARIANTS,
+    "order": ORDERS,
     "dataset": ("mnist", "fashion", "kmnist", "cifar10", "glyphs"),
     "normalization": ("layer", "instance", "batch"),
 }
@@ -64,8 +65,9 @@ MOST = {"seed": 2**31 - 1, "outer_steps": 10**7, "momentum": 0.9999, "outer_beta
 class Config:
     """Every setting of a run. paper: arXiv 1912.07768; earlier run: github.com/GoodAI/GTN; ours: found here."""
 
-    name: str = "A"  # set by --config, or yours; a run lies in <name>-<variant>-s<seed>
+    name: str = "A"  # set by --config, or yours; a run lies in <name>-<kind>-s<seed>
     variant: str = "learned"  # generator with learned, random_fixed or random latent input; pixels; real
+    order: str = "in order"  # or batch-shuffled, all-shuffled: drawn for every learner, in training and in test
     seed: int = 0  # fixes everything on a CPU, bit for bit
     dataset: str = "mnist"  # mnist, fashion, kmnist, cifar10: torchvision; glyphs: embedded
     # curriculum and teacher
@@ -117,6 +119,13 @@ class Config:
             if not valid:
                 raise InputError(f"{name}={json.dumps(value)[:60]}: must be {words}")
             object.__setattr__(self, name, value)
+        if self.order != "in order" and self.variant in ("random", "real"):
+            raise InputError(f"order={self.order}: must be in order with variant={self.variant}, which has none")
+
+    @property
+    def kind(self):
+        """What the learner is taught with, in names of folders and in figures: learned, learned-batch-shuffled, ..."""
+        return self.variant if self.order == "in order" else f"{self.variant}-{self.order}"
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -165,12 +174,13 @@ class Curriculum(NamedTuple):
     momentum: torch.Tensor
 
     def shuffled(self, order):
-        """The same images in another order: batch-shuffled permutes T, all-shuffled T x B; lr and momentum stay."""
-        T, B = self.labels.shape
-        index = torch.randperm(T * B) if order == "all-shuffled" else torch.arange(T * B)
-        index = index.view(T, B)[torch.randperm(T)] if order == "batch-shuffled" else index.view(T, B)
-        index = index.to(self.labels.device)
-        return self._replace(images=self.images.flatten(0, 1)[index], labels=self.labels.flatten()[index])
+        """Its batches, or all its images, in random order; lr and momentum stay with the step. Differentiable."""
+        if order not in ("batch-shuffled", "all-shuffled"):
+            return self
+        size = self.labels.shape[1] if order == "batch-shuffled" else 1  # images that stay together
+        index = torch.rand(self.labels.numel() // size, device=self.lr.device).argsort()  # a CUDA graph draws it anew
+        images, labels = (x.reshape(-1, size, *x.shape[2:]).index_select(0, index).view_as(x) for x in self[:2])
+        return self._replace(images=images, labels=labels)
 
 
 def make_generator(config, image_shape):
@@ -394,7 +404,8 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
 
 def add_meta_gradient(teacher, data, theta, architecture):
     """Train one fresh learner from theta_0 and add its meta-gradient in phi to phi's .grad; returns the meta-loss."""
-    config, curriculum, T = teacher.config, teacher(data), teacher.config.inner_steps
+    config, T = teacher.config, teacher.config.inner_steps
+    curriculum = teacher(data).shuffled(config.order)
     chosen = [(T - t) % config.meta_loss_every == 0 for t in range(1, T + 1)]  # the last inner step, always
     batches = [sample(data.train, config.meta_batch_size) if yes else None for yes in chosen]
     method = meta_gradient_flat if config.flat else meta_gradient
@@ -465,10 +476,11 @@ def accuracy(theta, split, architecture, reference):
     return (torch.cat(found) == split.labels).double().mean().item()
 
 
-def evaluate(teacher, data, split, learners, order="in order", change=None):
+def evaluate(teacher, data, split, learners, order=None, change=None):
     """`summary` of the accuracies on a split of learners 0, 1, ..., which no teacher has met.
 
-    order: one of ORDERS, "transductive", or "every step": T accuracies of each; change: of the sampled Architecture.
+    order: one of ORDERS; by default, for "transductive" and for "every step" (T accuracies of each learner) that which
+    the teacher was trained under. change: of the sampled Architecture.
     """
     found, config = [], teacher.config
     for k in range(learners):
@@ -476,7 +488,7 @@ def evaluate(teacher, data, split, learners, order="in order", change=None):
             architecture = sample_architecture(config)
             architecture = change(architecture) if change else architecture
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
-            curriculum = teacher(data).shuffled(order)
+            curriculum = teacher(data).shuffled(order if order in ORDERS else config.order)
         _, *states = unroll(theta, curriculum, architecture)
         references = [None] * len(states) if order == "transductive" else curriculum.images
         taught = [*zip(states, references, strict=True)][0 if order == "every step" else -1 :]
@@ -727,9 +739,10 @@ def evaluate_file(path, learners, data, device, resume):
         with reading(output):
             done = {(row["architecture"], row["order"], row["n"]): row for row in old["rows"]}
     origin = {"config": dataclasses.asdict(teacher.config), "environment": environment(device), "step": content["step"]}
-    orders = [*ORDERS, *["transductive"] * (teacher.config.normalization == "batch")]  # per sample nothing can leak
+    own, leaks = teacher.config.order, teacher.config.normalization == "batch"  # per sample nothing can leak
+    orders = [own, *(order for order in ORDERS if order != own), *["transductive"] * leaks]
     wanted = [("training", order, learners) for order in orders] + [("training", "every step", few)]
-    for name, order, n in wanted + [(name, "in order", few) for name in UNSEEN]:
+    for name, order, n in wanted + [(name, own, few) for name in UNSEEN]:
         if (name, order, n) not in done:
             some = Split(*(x[: 1000 if order == "every step" else None] for x in data.test))
             with contextlib.suppress(InputError):  # one more block may be too deep for the images
@@ -835,7 +848,7 @@ def main(arguments=None):
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
         return evaluate_file(args.evaluate, args.learners, data, device, args.resume)
     config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
-    folder = args.runs / f"{config.name}-{config.variant}-s{config.seed}"
+    folder = args.runs / f"{config.name}-{config.kind}-s{config.seed}"
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
     if RANK == 0:

@@ -40,20 +40,22 @@ def test_a_run_end_to_end(tmp_path):
     assert torch.equal(teacher(None).images, content["curriculum"].images)
 
 
-@pytest.mark.parametrize("variant", gtn.VARIANTS)
-def test_variants_run_and_are_evaluated(run_gtn, tmp_path, variant):
-    status, _, error = run_gtn("--outer-steps", "2", "--variant", variant)
+@pytest.mark.parametrize("kind", [*gtn.VARIANTS, "learned-all-shuffled", "pixels-batch-shuffled"])
+def test_variants_run_and_are_evaluated(run_gtn, tmp_path, kind):
+    variant, _, order = kind.partition("-")
+    orders = sorted(gtn.ORDERS, key=lambda x: x != (order or "in order"))  # its own comes first
+    status, _, error = run_gtn("--outer-steps", "2", "--variant", variant, "--set", f"order={orders[0]}")
     assert status == 0, error
-    teacher = tmp_path / "runs" / f"quick-{variant}-s0" / "teacher.pt"
+    teacher = tmp_path / "runs" / f"quick-{kind}-s0" / "teacher.pt"
     first = {(row["architecture"], row["order"]): row for row in gtn.read(teacher.with_name("evaluation.json"))["rows"]}
-    wanted = [("training", order) for order in (*gtn.ORDERS, "every step")]
-    assert list(first) == wanted + [(name, "in order") for name in ("double width", "one more block")]
+    wanted = [("training", order) for order in (*orders, "every step")]
+    assert list(first) == wanted + [(name, orders[0]) for name in ("double width", "one more block")]
     assert torch.tensor(first["training", "every step"]["accuracies"]).shape == (1, 3)
     for resume, n in (((), 3), (("--resume",), 3), (("--resume",), 2)):
         status, output, error = run_gtn("--evaluate", teacher, "--learners", n, *resume)
         assert status == 0, error
         rows = [row for row in gtn.read(teacher.with_name("evaluation.json"))["rows"] if row["n"] == n]
-        for row, order in zip(rows, gtn.ORDERS, strict=False):
+        for row, order in zip(rows, orders, strict=False):
             assert row["order"] == order
             assert row["accuracies"][:2] == first["training", order]["accuracies"]  # the same learners
         assert f"{rows[0]['mean']:.3f}" in output
@@ -111,6 +113,9 @@ def test_configs_hold_differences_alone():
 REFUSED = [
     ("--config nosuch", "unknown config 'nosuch'"),
     ("--variant nosuch", 'variant="nosuch": must be one of learned'),
+    ("--set order=sorted", 'order="sorted": must be one of in order, batch-shuffled, all-shuffled'),
+    ("--variant real --set order=all-shuffled", "order=all-shuffled: must be in order with variant=real"),
+    ("--variant random --set order=batch-shuffled", "order=batch-shuffled: must be in order with variant=random"),
     ("--set nosuch=1", "unknown setting 'nosuch'"),
     ("--set inner_steps=many", 'inner_steps="many": must be like 20, from 1'),
     ("--set inner_steps", 'inner_steps="": must be like 20'),

@@ -34,9 +34,11 @@ def comparable(folder):
     return times, rows, {key: x.numpy().tobytes() for key, x in tensors.items()}
 
 
-@pytest.mark.parametrize("variant", ["learned", "random"])
-def test_stopped_and_resumed_equals_straight(tmp_path, variant):
+@pytest.mark.parametrize("kind", ["learned-batch-shuffled", "random"])
+def test_stopped_and_resumed_equals_straight(tmp_path, kind):
     def run(runs, *more):
+        variant, _, order = kind.partition("-")
+        more = [*more, "--set", f"order={order or 'in order'}"]
         arguments = ["--variant", variant, "--outer-steps", 4, "--device", "cpu", "--runs", tmp_path / runs, *more]
         return shell(*arguments, "--set", *TINY)
 
@@ -46,7 +48,7 @@ def test_stopped_and_resumed_equals_straight(tmp_path, variant):
     assert "2 of 4 outer steps" in stopped.stdout
     assert "--resume continues" in stopped.stdout
     assert run("halves", "--resume").returncode == 0
-    straight, halves = (tmp_path / runs / f"quick-{variant}-s0" for runs in ("straight", "halves"))
+    straight, halves = (tmp_path / runs / f"quick-{kind}-s0" for runs in ("straight", "halves"))
     assert comparable(straight) == comparable(halves)
     events = [line["event"] for line in gtn.read(halves / "log.jsonl")]
     assert events.count("start") == events.count("resume") == 1
@@ -55,13 +57,14 @@ def test_stopped_and_resumed_equals_straight(tmp_path, variant):
 def test_torchrun(tmp_path):
     """Two processes, stopped and resumed: rank 0's files, and the losses of one process with two learners."""
     settings = ["--config", "quick", "--device", "cpu", "--outer-steps", 4, "--set", *TINY, "test_learners=1"]
+    settings += ["order=all-shuffled"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "gtn.py"]
     for more in (["--stop-after", 2], ["--resume"]):
         result = shell(*settings, "--runs", tmp_path / "two", *more, script=torchrun)
         assert result.returncode == 0, result.stderr
-    assert result.stdout.count("in order  ") == 3  # the architecture that it knows and two others, once each
+    assert result.stdout.count("all-shuffled  ") == 3  # the architecture that it knows and two others, once each
     assert shell(*settings, "learners_per_step=2", "--runs", tmp_path / "one").returncode == 0
-    two, one = (gtn.read(tmp_path / name / "quick-learned-s0" / "log.jsonl") for name in ("two", "one"))
+    two, one = (gtn.read(tmp_path / name / "quick-learned-all-shuffled-s0" / "log.jsonl") for name in ("two", "one"))
     assert [line["event"] for line in two].count("resume") == 1
     assert (two[0]["environment"]["ranks"], one[0]["environment"]["ranks"]) == (2, 1)
     losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]

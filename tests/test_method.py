@@ -12,13 +12,20 @@ from torch import nn
 import gtn
 
 NORMALIZATIONS = gtn.CHOICES["normalization"]
+CASES = [*((kind, "in order") for kind in NORMALIZATIONS), *(("instance", order) for order in gtn.ORDERS[1:])]
+
+
+def taught(teacher, data):
+    """The curriculum that a learner meets, the same each time."""
+    with gtn.seeded(1):
+        return teacher(data).shuffled(teacher.config.order)
 
 
 def phi_gradient(teacher, data, theta, architecture, batches, flat=False):
     """Meta-loss and {name: d meta-loss / d parameter of the teacher}, by the full graph or flat."""
     teacher.config = dataclasses.replace(teacher.config, flat=flat)
     teacher.zero_grad()
-    curriculum = teacher(data)
+    curriculum = taught(teacher, data)
     method = gtn.meta_gradient_flat if flat else gtn.meta_gradient
     loss, *gradients = method(theta, curriculum, architecture, batches)
     torch.autograd.backward((curriculum.images, curriculum.lr, curriculum.momentum), gradients)
@@ -28,7 +35,7 @@ def phi_gradient(teacher, data, theta, architecture, batches, flat=False):
 @torch.no_grad()
 def written_out(teacher, data, theta, architecture, batches):
     """The meta-loss, its inner loop written out once more."""
-    curriculum, velocity, losses = teacher(data), torch.zeros_like(theta), []
+    curriculum, velocity, losses = taught(teacher, data), torch.zeros_like(theta), []
     for t, real in enumerate(batches):
         with torch.enable_grad():
             weights = theta.detach().requires_grad_()
@@ -67,9 +74,9 @@ def relative_errors(computed, expected):
     return {name: ((computed[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected}
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_meta_gradient_equals_finite_differences(normalization):
-    teacher, *problem = tiny(normalization)
+@pytest.mark.parametrize(("normalization", "order"), CASES)
+def test_meta_gradient_equals_finite_differences(normalization, order):
+    teacher, *problem = tiny(normalization, order=order)
     expected = finite_differences(teacher, *problem)
     assert {"latent", "log_lr", "logit_momentum", "generator.0.weight", "generator.11.bias"} <= set(expected)
     for flat in (False, True):
@@ -370,22 +377,39 @@ def test_orders():
         expected, found = (torch.stack([c.images.sum((2, 3, 4)), c.labels]).flatten(1) for c in (curriculum, other))
         torch.testing.assert_close(*(x[:, x[0].argsort()] for x in (found, expected)))  # each image keeps its label
         assert torch.equal(other.lr, curriculum.lr)
+        assert torch.equal(other.momentum, curriculum.momentum)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_evaluation_by_hand(normalization):
-    teacher, data, *_ = tiny(normalization)
+@pytest.mark.parametrize("order", gtn.ORDERS)
+def test_a_teacher_is_trained_under_its_order(monkeypatch, order):
+    """Every learner meets the images in an order of its own, and its meta-gradient is of that order."""
+    teacher, data, theta, architecture, _ = tiny(order=order)
+    met, original = [], gtn.meta_gradient
+    monkeypatch.setattr(gtn, "meta_gradient", lambda *a: met.append(a) or original(*a))
+    for key in (1, 2):
+        with gtn.seeded(key):
+            gtn.add_meta_gradient(teacher, data, theta, architecture)
+        with gtn.seeded(key):
+            assert torch.equal(met[-1][1].images, teacher(data).shuffled(order).images)
+    assert torch.equal(met[0][1].images, met[1][1].images) == (order == "in order")
+
+
+@pytest.mark.parametrize(("normalization", "order"), CASES)
+def test_evaluation_by_hand(normalization, order):
+    teacher, data, *_ = tiny(normalization, order=order)
     (curve,) = gtn.evaluate(teacher, data, gtn.Split(*(x[:30] for x in data.test)), 1, "every step")["accuracies"]
     with gtn.seeded(teacher.config.seed, gtn.TEST_LEARNERS, 0), torch.no_grad():
         architecture = gtn.sample_architecture(teacher.config)
-        theta, curriculum = gtn.init_learner(architecture, (1, 8, 8)).double(), teacher(data)
+        theta = gtn.init_learner(architecture, (1, 8, 8)).double()
+        curriculum = teacher(data).shuffled(order)
     right = []
     for t, (theta, _) in enumerate(gtn.unroll(theta, curriculum, architecture)):  # noqa: B020
         if t > 0:
             found = gtn.logits(theta, data.test.images, architecture, curriculum.images[t - 1]).argmax(1)
             right.append((found == data.test.labels).double())
     assert curve == pytest.approx([x[:30].mean().item() for x in right])
-    assert gtn.evaluate(teacher, data, data.test, 1)["accuracies"] == pytest.approx([right[-1].mean().item()])
+    for same in (None, order):
+        assert gtn.evaluate(teacher, data, data.test, 1, same)["accuracies"] == pytest.approx([right[-1].mean().item()])
     leaking = (gtn.logits(theta, data.test.images, architecture).argmax(1) == data.test.labels).double().mean().item()
     assert gtn.evaluate(teacher, data, data.test, 1, "transductive")["accuracies"] == pytest.approx([leaking])
 
