@@ -27,12 +27,13 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 import gtn
 
-# Test accuracies that others report on MNIST, in gtn.ORDERS, by source, (inner steps, batch size) and variant.
-# The paper meta-trained under each order, for 2,000 outer steps; its `random` is "no curriculum". The earlier run
-# (github.com/GoodAI/GTN, one seed, 5,000 outer steps) shuffled afterwards, as we do: those are medians.
+# Test accuracies that others report on MNIST, in gtn.ORDERS, by source, (inner steps, batch size) and variant. The
+# paper trained and tested a teacher under each order (2,000 outer steps); its "no curriculum" is `random`. The earlier
+# run (github.com/GoodAI/GTN, one seed, 5,000 outer steps) shuffled teachers that were trained in order: medians.
+PAPER, EARLIER = "paper (trained under the order)", "earlier run (transductive)"
 KNOWN = {
-    "paper (trained under the order)": {(32, 128): {"learned": (0.985, 0.974, 0.969), "random": (0.957,)}},
-    "earlier run (transductive)": {
+    PAPER: {(32, 128): {"learned": (0.985, 0.974, 0.969), "random": (0.957,)}},
+    EARLIER: {
         (20, 32): {"learned": (0.973, 0.763), "random_fixed": (0.974, 0.695), "random": (0.929, 0.928)},
         (10, 32): {"learned": (0.961, 0.677), "random_fixed": (0.962, 0.666), "random": (0.901, 0.898)},
         (10, 16): {"learned": (0.953, 0.576), "random_fixed": (0.952, 0.625), "random": (0.855, 0.850)},
@@ -40,10 +41,12 @@ KNOWN = {
 }
 
 
-def known(source, config):
-    """{order: accuracy} that a source reports for a config's data set, budget and variant; {} where it does not."""
+def known(source, config, order):
+    """The accuracy that a source reports for a config, tested in that order; None where it reports none."""
     found = KNOWN[source].get((config.inner_steps, config.batch_size), {}).get(config.variant, ())
-    return dict(zip(gtn.ORDERS, found, strict=False)) if config.dataset == "mnist" else {}
+    trained = order if source == PAPER else "in order"
+    same = config.dataset == "mnist" and config.order == trained
+    return dict(zip(gtn.ORDERS, found, strict=False)).get(order) if same else None
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -101,19 +104,20 @@ def read_run(path, damaged):
 
 
 def group_runs(runs):
-    """({config's name: {variant: runs}}, a line for each run that does not fit the first of its name and variant)."""
+    """({config's name: {kind: runs}}, a line for each run that does not fit the first of its name and kind)."""
     groups, remarks, rank = {}, [], [*gtn.VARIANTS, *(run.config.variant for run in runs)]
-    for run in sorted(runs, key=lambda run: (run.config.name, rank.index(run.config.variant), run.config.seed)):
-        variants = groups.setdefault(run.config.name, {})
-        same = variants.get(run.config.variant, [])
-        first = (same or next(iter(variants.values()), [run]))[0]
+    runs = sorted(runs, key=lambda run: (gtn.ORDERS.index(run.config.order), run.config.seed))
+    for run in sorted(runs, key=lambda run: (run.config.name, rank.index(run.config.variant))):
+        kinds = groups.setdefault(run.config.name, {})
+        same = kinds.get(run.config.kind, [])
+        first = (same or next(iter(kinds.values()), [run]))[0]
         ours, theirs = vars(run.config), vars(first.config)
         keys = [key for key in ours if key not in INCIDENTAL] if same else BUDGET
         other = [key for key in keys if ours[key] != theirs[key]]
         if other or run.config.seed in [x.config.seed for x in same]:
             remarks.append(f"left out: {run.folder}: its {', '.join(other) or 'seed'} does not go with {first.folder}")
         else:
-            variants.setdefault(run.config.variant, []).append(run)
+            kinds.setdefault(run.config.kind, []).append(run)
     return groups, remarks
 
 
@@ -135,21 +139,38 @@ def evaluated(runs, order):
 
 
 def result_table(groups):
-    """Rows of text, the header first: test accuracy by config, variant and order, beside what others report."""
-    header = ["config", "variant", "order", "test accuracy", "n", "seeds", "std of seeds' means"]
+    """Rows of text, the header first: test accuracy by config, kind and order, beside what others report."""
+    header = ["config", "trained with", "tested", "test accuracy", "n", "seeds", "std of seeds' means"]
     rows = [[*header, *KNOWN, "outer steps", "minutes", "device"]]
-    found = [runs for variants in groups.values() for runs in variants.values()]
+    found = [runs for kinds in groups.values() for runs in kinds.values()]
     for runs, order in itertools.product(found, (*gtn.ORDERS, "transductive")):
         if tests := evaluated(runs, order):
             config = runs[0].config
             pooled, means = gtn.summary([*np.concatenate(tests)]), gtn.summary([x.mean() for x in tests])
-            figures = [pooled["mean"], pooled["std"], means["std"], *(known(x, config).get(order) for x in KNOWN)]
+            figures = [pooled["mean"], pooled["std"], means["std"], *(known(x, config, order) for x in KNOWN)]
             mean, std, *others = ("-" if x is None else f"{x:.3f}" for x in figures)
             steps = sorted({f"{run.evaluation['step']:,}" for run in runs if run.evaluation})
             minutes = [run.log["minutes"] for run in runs if run.log]
-            row = [config.name, config.variant, order, f"{mean} +- {std}", str(pooled["n"]), str(means["n"]), *others]
+            row = [config.name, config.kind, order, f"{mean} +- {std}", str(pooled["n"]), str(means["n"]), *others]
             row += [", ".join(steps), f"{np.mean(minutes):.1f}" if minutes else "-"]
             rows.append([*row, ", ".join(sorted({run.device for run in runs}))])
+    return rows
+
+
+def order_table(groups):
+    """Rows of text, the header first: both experiments with orders, apart, where teachers were trained under one."""
+    header = ["config", "trained with", "order", "trained in order, tested in this", "trained and tested in this"]
+    rows = [[*header, PAPER, EARLIER]]
+    for name, kinds in groups.items():
+        found = {(runs[0].config.variant, runs[0].config.order): runs for runs in kinds.values()}
+        variants = dict.fromkeys(variant for variant, order in found if order != "in order")
+        pairs = [*itertools.product(variants, gtn.ORDERS), *[("random", "in order")] * bool(variants)]
+        for variant, order in pairs:
+            plain, own = found.get((variant, "in order"), []), found.get((variant, order), [])
+            tests = [[x for test in evaluated(runs, order) for x in test] for runs in (plain, own)]
+            cells = [gtn.in_words(gtn.summary(x)) if x else "-" for x in tests]
+            others = [known(x, runs[0].config, order) if runs else None for x, runs in ((PAPER, own), (EARLIER, plain))]
+            rows.append([name, variant, order, *cells, *(f"{x:.3f}" if x else "-" for x in others)])
     return rows
 
 
@@ -173,6 +194,8 @@ def search_table(search):
 # Okabe and Ito's colours, which colour-blind readers can tell apart; a variant that gtn.py does not know is grey
 PALETTE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00"
 COLOURS = collections.defaultdict(lambda: "0.5", zip(gtn.VARIANTS, itertools.cycle(PALETTE), strict=False))
+LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
+LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
 METHODS = {"teacher": "teacher", "control": "real data, same steps", "parameters": "parameter count"}
 METHODS |= {"multiply_adds": "multiply-adds", "ceiling": "noise ceiling"}
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
@@ -218,86 +241,105 @@ def running_mean(values, width):
     return np.array([values[i - half : i + half + 1].mean() for i, half in enumerate(halves)])
 
 
-def draw_mean(axes, series, colour, log=False, **options):
-    """The mean of series [(x [N], y [N]), ...] as a line, one standard deviation as a band; log: of logarithms."""
+def draw_mean(axes, series, config, log=False, **options):
+    """The mean of series [(x [N], y [N]), ...] as a line in the colour of the config's variant and the dashes of its
+    order, one standard deviation as a band; log: of logarithms."""
     xs = np.unique(np.concatenate([x for x, _ in series]))
     rows = [np.interp(xs, x, np.log(y) if log else y, left=np.nan, right=np.nan) for x, y in series]
     table = np.ma.masked_invalid(rows)  # of one series there is no standard deviation
     mean, std = table.mean(0), table.std(0, ddof=1)
     low, mean, high = (np.ma.exp(y) if log else y for y in (mean - std, mean, mean + std))
-    axes.plot(xs, mean, color=colour, marker="" if len(xs) > 1 else "o", **options)
-    axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+    look = {"color": COLOURS[config.variant], "linestyle": LINES[config.order], "marker": "" if len(xs) > 1 else "o"}
+    axes.plot(xs, mean, **look, **options)
+    axes.fill_between(xs, low, high, color=look["color"], alpha=0.2, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(xs) == 1:
         axes.set_xlim(xs[0] - 1, xs[0] + 1)
 
 
-def draw_training(variants, config):
-    """Validation error and meta-loss over outer steps."""
+def draw_training(kinds, config):
+    """Validation error and meta-loss over outer steps: the paper's figure of curricula."""
     figure, panels = new_figure(config, 5.8, 2, sharex=True)
     for axes, key, name in zip(panels, ("error", "meta_loss"), ("validation error", "meta-loss (nats)"), strict=True):
-        for variant, runs in variants.items():
+        for kind, runs in kinds.items():
+            config, colour = runs[0].config, COLOURS[runs[0].config.variant]
             series = [(x, np.maximum(y, 1e-4)) for x, y in (run.log[key] for run in runs if run.log) if x.size]
             for x, y in series:
-                axes.plot(x, y, ".", color=COLOURS[variant], alpha=0.25, markersize=4, markeredgewidth=0)
+                axes.plot(x, y, ".", color=colour, alpha=0.25, markersize=4, markeredgewidth=0)
             if smooth := [(x, np.exp(running_mean(np.log(y), len(x) // 40))) for x, y in series]:
-                draw_mean(axes, smooth, COLOURS[variant], log=True, label=variant)
+                draw_mean(axes, smooth, config, log=True, label=kind)
+            if key == "error" and (accuracy := known(PAPER, config, config.order)):
+                mark = {"color": colour, "markerfacecolor": "none", "markersize": 10, "linestyle": ""}
+                axes.plot(2000, 1 - accuracy, marker="*", **mark)
+                axes.plot([], [], "k*", markerfacecolor="none", markersize=10, label=PAPER)
         axes.set(ylabel=name)
         logarithmic(axes, axes.yaxis)
     panels[1].set(xlabel="outer steps")
-    caption = "1 - validation accuracy, and meta-loss: dots as logged, lines a running mean of the logarithm over a "
-    return figure, caption + "twentieth of them, averaged over seeds; bands: one standard deviation over seeds."
+    caption = (
+        "1 - validation accuracy, each teacher's learners in its own order, and meta-loss: dots as logged, lines a "
+    )
+    caption += (
+        "running mean of the logarithm over a twentieth of them, averaged over seeds; bands: one standard deviation "
+    )
+    return figure, caption + "over seeds."
 
 
-def draw_orders(variants, config):
-    """Box plots of test accuracy, in order and shuffled afterwards."""
-    names = itertools.product(variants, (*gtn.ORDERS, "transductive"))
-    boxes = [(v, order, values) for v, order in names if (values := evaluated(variants[v], order))]
+def draw_orders(kinds, config):
+    """Box plots of test accuracy in each order."""
+    names = itertools.product(kinds, (*gtn.ORDERS, "transductive"))
+    boxes = [(kind, order, values) for kind, order in names if (values := evaluated(kinds[kind], order))]
     figure, axes = new_figure(config, 1.3 + 0.26 * len(boxes))
     spaced_by_error(axes.xaxis, axes.set_xscale)
-    for y, (variant, order, values) in enumerate(boxes):
+    for y, (kind, order, values) in enumerate(boxes):
+        config = kinds[kind][0].config
         options = {"widths": 0.6, "orientation": "horizontal", "manage_ticks": False, "sym": "."}
         box = axes.boxplot(np.concatenate(values), positions=[y], **options)
         for line in itertools.chain(*box.values()):
-            line.set(color=COLOURS[variant], markeredgecolor=COLOURS[variant], linewidth=1.5)
+            line.set(color=COLOURS[config.variant], markeredgecolor=COLOURS[config.variant], linewidth=1.5)
         if len(values) > 1:
             axes.plot([x.mean() for x in values], [y] * len(values), "k|", markersize=12, label="mean of one seed")
         for source, mark in zip(KNOWN, "*s", strict=True):
-            if accuracy := known(source, variants[variant][0].config).get(order):
+            if accuracy := known(source, config, order):
                 axes.plot(accuracy, y, f"k{mark}", markerfacecolor="none", markersize=7, label=source)
-    axes.set_yticks(range(len(boxes)), [f"{variant}, {order}" for variant, order, _ in boxes])
+    axes.set_yticks(range(len(boxes)), [f"{kind}, {order}" for kind, order, _ in boxes])
     axes.set(xlabel="test accuracy", ylim=(len(boxes) - 0.4, -0.6))
     axes.grid(axis="y", visible=False)
-    caption = "Test accuracy in order, with the batches shuffled along the inner steps, and with all images shuffled, "
-    return figure, caption + "after training in order (the paper: in training, too). Boxes: median and quartiles."
+    caption = (
+        "Test accuracy with the curriculum in order, with its batches shuffled along the inner steps, and with all "
+    )
+    caption += (
+        "its images shuffled. Teachers were trained in order unless their name says in which other order. Boxes: "
+    )
+    return figure, caption + "median and quartiles."
 
 
-def draw_steps(variants, config):
+def draw_steps(kinds, config):
     """Test accuracy after each inner step."""
     figure, axes = new_figure(config, 4.4)
     spaced_by_error(axes.yaxis, axes.set_yscale)
-    for i, (variant, runs) in enumerate(variants.items()):
+    for i, (kind, runs) in enumerate(kinds.items()):
+        config = runs[0].config
         if values := evaluated(runs, "every step"):
             series = [(1 + np.arange(len(curve)), curve) for curve in np.concatenate(values)]
-            draw_mean(axes, series, COLOURS[variant], label=f"{variant} (n = {len(series)})")
+            draw_mean(axes, series, config, label=f"{kind} (n = {len(series)})")
         for source, mark in zip(KNOWN, "*s", strict=True) if values else ():
-            if accuracy := known(source, runs[0].config).get("in order"):
+            if accuracy := known(source, config, config.order):
                 look = {"marker": mark, "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
-                axes.plot(config.inner_steps, accuracy, color=COLOURS[variant], markersize=12 - 2 * i, **look)
+                axes.plot(config.inner_steps, accuracy, color=COLOURS[config.variant], markersize=12 - 2 * i, **look)
                 axes.plot([], [], color="0.4", label=source, **look)
     axes.set(xlabel="inner steps", ylabel="test accuracy")
     caption = "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one standard deviation. "
     return figure, caption + "Marks, in the colours of the variants: what others report after the last step."
 
 
-def draw_rates(variants, config):
+def draw_rates(kinds, config):
     """Learned inner learning rate and momentum, over outer steps and over inner steps."""
     figure, panels = new_figure(config, 5.4, 2, 2, sharey="col")
     for (top, bottom), key, name in zip(panels.T, ("lr", "momentum"), ("inner learning rate", "momentum"), strict=True):
-        for variant, runs in variants.items():
+        for kind, runs in kinds.items():
             if logs := [run.log for run in runs if run.log and run.log[key].size]:
-                look = {"colour": COLOURS[variant], "log": key == "lr", "label": variant}
+                look = {"config": runs[0].config, "log": key == "lr", "label": kind}
                 draw_mean(top, [(log["error"][0], log[key].mean(1)) for log in logs], **look)
                 draw_mean(bottom, [(1 + np.arange(log[key].shape[1]), log[key][-1]) for log in logs], **look)
         top.set(xlabel="outer steps", ylabel=name)
@@ -315,7 +357,7 @@ def draw_images(run):
     images, (T, N) = curriculum.images[torch.arange(len(index))[:, None], index], index.shape
     sheet = F.pad(images, (1, 0, 1, 0), value=torch.nan).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     grey, (height, width) = sheet.shape[2] == 1, sheet.shape[:2]
-    figure, axes = new_figure(config, 5 * height / width + 0.9, title=f"\n{config.variant}, seed {config.seed}")
+    figure, axes = new_figure(config, 5 * height / width + 0.9, title=f"\n{config.kind}, seed {config.seed}")
     figure.set_layout_engine("compressed")  # for axes of a fixed shape
     if grey:
         picture = axes.imshow(sheet[..., 0].numpy(), "RdBu_r", vmin=-images.abs().max(), vmax=images.abs().max())
@@ -355,7 +397,7 @@ def draw_search(search):
     bottom.text(free / 2.7, 0.5, "nothing trained", rotation=90, va="center", transform=bottom.get_xaxis_transform())
     caption = f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; noise ceiling: "
     origin = f"{search['environment']['device']}; `{search['environment']['command']}`."
-    return figure, f"{caption}one against another. Bars: 95 % intervals. {config.variant}, seed {config.seed}; {origin}"
+    return figure, f"{caption}one against another. Bars: 95 % intervals. {config.kind}, seed {config.seed}; {origin}"
 
 
 # ------------------------------------------------------------------------- pages and command line
@@ -404,16 +446,16 @@ def write_pages(out, blocks):
     gtn.write(out / "report.html", "\n".join(page).encode())
 
 
-def run_blocks(name, variants):
+def run_blocks(name, kinds):
     """All that is drawn of the runs of one config, after the commands that made them."""
-    runs = [run for found in variants.values() for run in found]
+    runs = [run for found in kinds.values() for run in found]
     commands = [re.sub(r" --(variant|seed)[ =]\S+", lambda m: f" --{m[1]} {m[1].upper()}", run.command) for run in runs]
     blocks = [("h2", name), ("p", "; ".join(f"`{command}`" for command in dict.fromkeys(commands)))]
     for draw in (draw_training, draw_orders, draw_steps, draw_rates):
-        figure, caption = draw(variants, runs[0].config)
+        figure, caption = draw(kinds, runs[0].config)
         if any(axes.has_data() for axes in figure.axes):
             blocks.append(picture(f"{name}-{draw.__name__[5:]}", figure, caption))
-    names = {f"{name}-{run.config.variant}-s{run.config.seed}-images": run for run in runs if run.teacher}
+    names = {f"{name}-{run.config.kind}-s{run.config.seed}-images": run for run in runs if run.teacher}
     return blocks + [picture(name, *draw_images(run)) for name, run in names.items()]
 
 
@@ -433,11 +475,11 @@ def main(arguments):
     found = [attempt(damaged, path, read_run, damaged) for path in sorted(args.runs.rglob("config.json"))]
     groups, remarks = group_runs([run for run in found if run])
     made = f"Made by `{shlex.join(['python', 'analyze.py', *arguments])}`; mean +- standard deviation of n learners."
-    blocks, table = [("h2", "Results"), ("p", made)], result_table(groups)
-    blocks += [("table", table)] if len(table) > 1 else []
+    tables = result_table(groups), order_table(groups)
+    blocks = [("h2", "Results"), ("p", made), *(("table", table) for table in tables if len(table) > 1)]
     matplotlib.rcParams.update(STYLE)
-    for name, variants in groups.items():
-        blocks += run_blocks(name, variants)
+    for name, kinds in groups.items():
+        blocks += run_blocks(name, kinds)
     for path in sorted(args.runs.rglob("nas.json")):
         blocks += attempt(damaged, path, search_blocks)
     if not (pictures := sum(kind == "img" for kind, *_ in blocks)):

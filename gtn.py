@@ -4,14 +4,12 @@ A teacher makes synthetic images; a freshly initialised learner trains on them f
 loss on real data is differentiated through the whole of that training, and the teacher follows this meta-gradient (the
 outer step). The file reads in that order; where images come from, files and the command line come last.
 
-    python gtn.py                                  # embedded glyphs, no download: a minute or two on two CPU cores
-    python gtn.py --config A --variant learned     # MNIST, 20 inner steps of 32 images
-    python gtn.py --help                           # every flag and setting
+    python gtn.py           # embedded glyphs, no download: a minute or two on two CPU cores
+    python gtn.py --help    # every flag and setting
 """
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import functools
@@ -30,7 +28,6 @@ import warnings
 import zipfile
 from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,13 +48,10 @@ class InputError(Exception):
 
 VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
-CHOICES = {
-    "variant": VARIANTS,
-    "order": ORDERS,
-    "dataset": ("mnist", "fashion", "kmnist", "cifar10", "glyphs"),
-    "normalization": ("layer", "instance", "batch"),
-}
-LEAST = {"seed": 0, "batch_size": 2, "inner_lr": 1e-9}  # of other whole numbers 1, of other numbers 0
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}  # torchvision's
+CHOICES = {"variant": VARIANTS, "order": ORDERS, "dataset": (*DATASETS, "glyphs")}
+CHOICES |= {"normalization": ("layer", "instance", "batch")}
+LEAST = {"seed": 0, "hidden_units": 0, "batch_size": 2, "inner_lr": 1e-9}  # else 1, of numbers that are not whole 0
 MOST = {"seed": 2**31 - 1, "outer_steps": 10**7, "momentum": 0.9999, "outer_beta1": 0.9999, "outer_beta2": 0.9999}
 
 
@@ -81,6 +75,7 @@ class Config:
     momentum: float = 0.5  # mu at the start; paper: 0.5
     # learner, meta-gradient and outer step
     filters: tuple = (64, 128)  # per conv block; [low, high]: sampled for every learner
+    hidden_units: int = 0  # of a layer between the last conv block and the logits, 0: none; paper: 256
     normalization: str = "instance"  # layer, instance: per sample; batch: of the last synthetic batch
     meta_batch_size: int = 256  # real images per meta-loss; earlier run: 1024; paper: 128
     meta_loss_every: int = 10  # inner steps from one meta-loss to the next, the last always; paper: 1
@@ -165,13 +160,8 @@ def sample(split, *shape):
 # ----------------------------------------------------------------------------------------- teacher
 
 
-class Curriculum(NamedTuple):
+class Curriculum(namedtuple("Curriculum", "images labels lr momentum")):
     """What a learner trains on: images [T, B, C, H, W], labels [T, B] int64, lr [T], momentum [T]."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    lr: torch.Tensor
-    momentum: torch.Tensor
 
     def shuffled(self, order):
         """Its batches, or all its images, in random order; lr and momentum stay with the step. Differentiable."""
@@ -220,11 +210,9 @@ class Teacher(nn.Module):
             self.images = nn.Parameter(torch.randn(T, B, *image_shape))
         elif config.variant != "real":
             self.generator = make_generator(config, image_shape)
-            latent = torch.randn(T, B, config.latent_size)
-            if config.variant == "learned":
-                self.latent = nn.Parameter(latent)
-            elif config.variant == "random_fixed":
-                self.register_buffer("latent", latent)
+            if config.variant != "random":
+                kind = nn.Parameter if config.variant == "learned" else nn.Buffer
+                self.latent = kind(torch.randn(T, B, config.latent_size))
 
     def forward(self, data):
         config, T, B = self.config, self.config.inner_steps, self.config.batch_size
@@ -246,11 +234,10 @@ class Teacher(nn.Module):
 # ----------------------------------------------------------------------------------------- learner
 
 
-class Architecture(NamedTuple):  # what distinguishes one learner's network from another's
-    filters: tuple  # one number for each conv block
-    kernels: tuple  # one odd size for each
-    pooling: str = "max"  # or "average"
-    normalization: str = "instance"
+# what distinguishes one learner's network from another's: of each conv block the number of filters and the size of its
+# kernel, odd; max or average pooling; normalisation; units of a layer before the logits, 0 for none
+names = "filters kernels pooling normalization hidden_units"
+Architecture = namedtuple("Architecture", names, defaults=("max", "instance", 0))
 
 
 def network(x, architecture, parameter, reference=None):
@@ -276,6 +263,9 @@ def network(x, architecture, parameter, reference=None):
         scale, shift = parameter(nn.init.ones_, filters, 1, 1), parameter(nn.init.zeros_, filters, 1, 1)
         x = F.leaky_relu(x * (scale / deviation) + shift)
     x = (x if counted == len(x) else x[counted:]).permute(0, 2, 3, 1)
+    if units := architecture.hidden_units:
+        weight = parameter(nn.init.kaiming_normal_, units, *x.shape[1:])
+        x = F.leaky_relu(F.linear(x.flatten(1), weight.flatten(1), parameter(nn.init.zeros_, units)))
     weight = parameter(nn.init.zeros_, CLASSES, *x.shape[1:])  # ours: Kaiming's cost 2 points (results/README.md)
     return F.linear(x.flatten(1), weight.flatten(1), parameter(nn.init.zeros_, CLASSES))
 
@@ -323,7 +313,7 @@ def sample_architecture(config, widest=False):
     """An Architecture of the config: its fixed filters, or a new draw from its ranges, or these ranges' upper ends."""
     ranges = [f if type(f) is tuple else (f, f) for f in config.filters]
     filters = tuple(high if widest else int(torch.randint(low, high + 1, ())) for low, high in ranges)
-    return Architecture(filters, (3,) * len(filters), normalization=config.normalization)
+    return Architecture(filters, (3,) * len(filters), "max", config.normalization, config.hidden_units)
 
 
 # ------------------------------------------------------------------- inner loop and meta-gradient
@@ -546,8 +536,7 @@ def torchvision_images(dataset, folder):
     """(training images, labels, test images, labels) of a torchvision data set, pixels in 0..1."""
     import torchvision.datasets
 
-    name = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}[dataset]
-    found = []
+    name, found = DATASETS[dataset], []
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             for train in (True, False):
@@ -604,8 +593,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; what was there before is intact") from None
 
 
@@ -715,13 +703,12 @@ def train(config, data, folder, resume=False, stop_after=None):
             validate()
             save(folder, teacher, optimizer, data, step, log)
         while step < last:
-            meta_loss, gradient_norm, phi_norm = outer_step(teacher, optimizer, data, step, replay)
-            if not math.isfinite(meta_loss + gradient_norm + phi_norm):
-                norms = f"meta-loss {meta_loss}, gradient norm {gradient_norm}, norm of phi {phi_norm}"
-                good = f"{folder / 'teacher.pt'} is still good"
-                raise InputError(f"{norms} at outer step {step}: {good}; choose a smaller outer_lr or inner_lr")
+            found = outer_step(teacher, optimizer, data, step, replay)  # meta-loss, gradient norm, norm of phi
+            if not all(map(math.isfinite, found)):
+                what = "meta-loss {}, gradient norm {}, norm of phi {} at outer step {}".format(*found, step)
+                raise InputError(f"{what}: {folder / 'teacher.pt'} is still good; choose a smaller outer_lr, inner_lr")
             step += 1
-            note("step", meta_loss=meta_loss, gradient_norm=gradient_norm)
+            note("step", meta_loss=found[0], gradient_norm=found[1])
             bar.update()
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
                 validate()
@@ -765,9 +752,7 @@ def make_config(name="quick", settings=(), **flags):
             value = json.loads(value)
         changes[key] = value
     if unknown := [key for key in changes if key not in Config.__dataclass_fields__]:
-        raise InputError(
-            f"unknown setting {unknown[0][:60]!r}: must be one of {', '.join(Config.__dataclass_fields__)}"
-        )
+        raise InputError(f"unknown setting {unknown[0][:60]!r}: --help lists them all")
     return Config(**changes | {key: value for key, value in flags.items() if value is not None})
 
 
@@ -798,10 +783,7 @@ def choose_device(name):
 
 def run(program, command, arguments):
     """Exit status of command(arguments), alone or as one of torchrun's ranks; what a user can mend ends in one line."""
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # another libc, or less memory allowed
-        libc = ctypes.CDLL("libc.so.6")  # keeps what is freed, which spares page faults
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    with contextlib.suppress(OSError, ValueError):  # less memory allowed already
         if not torch.cuda.is_available():  # what cannot fit fails at once
             resource.setrlimit(resource.RLIMIT_DATA, (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), -1))
     try:
@@ -852,8 +834,8 @@ def main(arguments=None):
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
     if RANK == 0:
-        unfinished = "; --resume continues" * (steps < config.outer_steps)
-        print(f"{folder}: {steps} of {config.outer_steps} outer steps; teacher.pt is there{unfinished}")
+        continues = "; --resume continues" * (steps < config.outer_steps)
+        print(f"{folder}: {steps} of {config.outer_steps} outer steps; teacher.pt is there{continues}")
     if RANK == 0 and steps == config.outer_steps:
         evaluate_file(folder / "teacher.pt", config.test_learners, data, device, resume=True)
 

@@ -75,7 +75,7 @@ def train_briefly(source, architecture, data, images, seed):
     """Accuracy on the first `images` validation images after T inner steps; seed and architecture alone fix theta_0."""
     with gtn.seeded(seed, gtn.SHORT_TRAINING, *repr(architecture).encode()), torch.no_grad():
         theta = gtn.init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
-        curriculum = source(data) if callable(source) else source  # a Teacher draws one for every learner
+        curriculum = source(data) if callable(source) else source  # drawn for every learner
     *_, (theta, _) = gtn.unroll(theta, curriculum, architecture)
     split = gtn.Split(*(x[:images] for x in data.validation))
     return gtn.accuracy(theta, split, architecture, curriculum.images[-1])
@@ -265,7 +265,8 @@ def search(args, device):
             torch.distributed.broadcast_object_list(begun)
         settings["control"], done = begun[0]
         control = control_curriculum(config, data, seed, settings["control"]["lr"], settings["control"]["momentum"])
-        sources = {"teacher": teacher if config.variant in ("random", "real") else curriculum, "control": control}
+        kept = teacher if config.variant in ("random", "real") else lambda _: curriculum.shuffled(config.order)
+        sources = {"teacher": kept, "control": control}
         missing = [a for a in architectures if a not in done][gtn.RANK :: gtn.WORLD]
         for architecture in tqdm(missing, folder.name, unit="net", disable=gtn.RANK > 0):
             done[architecture] = measure(architecture, data, sources, settings)

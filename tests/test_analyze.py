@@ -20,7 +20,7 @@ def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **change
     """A run folder below `folder`, every number of which follows from its arguments; returns it."""
     settings = {"name": "toy", "dataset": "glyphs", "filters": (2, 3), "outer_steps": 4} | SIZES | changes
     config = gtn.Config(**settings, variant=variant, seed=seed)
-    folder, T = folder / f"{config.name}-{variant}-s{seed}", config.inner_steps
+    folder, T = folder / f"{config.name}-{config.kind}-s{seed}", config.inner_steps
     command = f"python gtn.py --variant {variant} --seed {seed} --resume"
     origin = {"config": dataclasses.asdict(config), "environment": {"device": DEVICE, "command": command}}
     gtn.write(folder / "config.json", origin)
@@ -68,8 +68,8 @@ def curve(axes):
 def test_running_mean_and_mean_over_seeds_by_hand():
     values = np.array([100.0, 10, 4, 1, 7, 3, 2])
     assert analyze.running_mean(values, 2).tolist() == [100, 10, 5, 4, 3.4, 3.25, 4]
-    axes, x = analyze.Figure().subplots(), np.arange(3)
-    analyze.draw_mean(axes, [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))], "b", log=True)
+    axes, x, config = analyze.Figure().subplots(), np.arange(3), gtn.Config()
+    analyze.draw_mean(axes, [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))], config, log=True)
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [2, 2**0.5, 2])
     top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
     np.testing.assert_allclose(top, 2 * np.exp(np.log(4) / 2**0.5))
@@ -105,7 +105,33 @@ def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
     assert [x.get_xydata().tolist() for x in marks if x.get_marker() == "s"] == [[[20, 0.973]], []]
     for changes in ({"dataset": "kmnist"}, {"inner_steps": 10, "batch_size": 12}):
         other = gtn.Config(**budget | changes)
-        assert [analyze.known(source, other) for source in analyze.KNOWN] == [{}, {}]
+        assert [analyze.known(source, other, "in order") for source in analyze.KNOWN] == [None, None]
+
+
+def test_teachers_trained_under_an_order(tmp_path):
+    """Each beside what the paper reports for it, and apart from what shuffling afterwards does."""
+    budget = {"name": "paper", "dataset": "mnist", "inner_steps": 32, "batch_size": 128}
+    for variant, order in [*(("learned", order) for order in gtn.ORDERS), ("random", "in order")]:
+        make_run(tmp_path, variant=variant, order=order, **budget)
+    kinds, config = read(tmp_path)
+    assert list(kinds) == ["learned", "learned-batch-shuffled", "learned-all-shuffled", "random"]
+    axes = analyze.draw_training(kinds, config)[0].axes[0]
+    marks = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "*" and len(x.get_xdata())]
+    assert marks == [[[2000, pytest.approx(1 - x)]] for x in (0.985, 0.974, 0.969, 0.957)]
+    dashes = {x.get_label(): (x.get_linestyle(), x.get_color()) for x in axes.lines if x.get_label() in kinds}
+    assert [*dashes.values()] == [(x, "#0072B2") for x in ("-", "--", ":")] + [("-", "#009E73")]
+    words = [f"{np.mean(TESTS[order]):.3f} +- 0.141 (2 fresh learners)" for order in gtn.ORDERS]
+    rows = [
+        ["paper", "learned", "in order", words[0], words[0], "0.985", "-"],
+        ["paper", "learned", "batch-shuffled", words[1], words[1], "0.974", "-"],
+        ["paper", "learned", "all-shuffled", words[2], words[2], "0.969", "-"],
+        ["paper", "random", "in order", words[0], words[0], "0.957", "-"],
+    ]
+    assert analyze.order_table({"paper": kinds})[1:] == rows
+    kinds["learned"][0].evaluation["batch-shuffled"] = np.array([0.25])  # shuffled afterwards, by this one alone
+    assert analyze.order_table({"paper": kinds})[2][3:5] == ["0.250 (1 fresh learners)", words[1]]
+    del kinds["learned-batch-shuffled"]
+    assert analyze.order_table({"paper": kinds})[2][4:] == ["-", "-", "-"]
 
 
 @pytest.mark.parametrize("variant", ["learned", "real"])

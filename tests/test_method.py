@@ -139,19 +139,19 @@ def test_an_unroll_is_torch_sgd_on_the_network():
 
 
 def views(theta, architecture, image_shape):
-    """theta in PyTorch's layout: convolutions [F, C, K, K], linear [10, C * H * W] as nn.Flatten has it."""
-    found, rest = [], theta
+    """theta in PyTorch's layout: convolutions [F, C, K, K], linear [units, C * H * W] as nn.Flatten has it."""
+    found, rest, linear = [], theta, (10, architecture.hidden_units)
     for _, shape in gtn.declared_parameters(architecture, image_shape):
         part, rest = rest[: np.prod(shape)].view(shape), rest[np.prod(shape) :]
-        layout = part.permute(0, 3, 1, 2) if len(shape) == 4 else part.flatten()
-        found.append(layout.flatten(1) if shape[0] == 10 and len(shape) == 4 else layout)
+        layout = part.permute(0, 3, 1, 2) if len(shape) == 4 else part.view(shape[:2] if shape[1:] != (1, 1) else -1)
+        found.append(layout.flatten(1) if shape[0] in linear and len(shape) == 4 else layout)
     assert not len(rest)
     return found
 
 
 def as_module(theta, architecture, image_shape):
     """The same learner in plain PyTorch."""
-    layers, (channels, height, width) = [], image_shape
+    layers, (channels, height, width), units = [], image_shape, architecture.hidden_units
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         norm = {
             "layer": nn.GroupNorm(1, filters),
@@ -161,20 +161,20 @@ def as_module(theta, architecture, image_shape):
         pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
         layers += [nn.Conv2d(channels, filters, kernel, padding="same", bias=False), pool, norm, nn.LeakyReLU(0.01)]
         channels, height, width = filters, height // 2, width // 2
-    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, 10)).double()
-    for parameter, value in zip(module.parameters(), views(theta, architecture, image_shape), strict=True):
+    hidden = [nn.LazyLinear(units), nn.LeakyReLU(0.01)] if units else []
+    module = nn.Sequential(*layers, nn.Flatten(), *hidden, nn.LazyLinear(10))
+    module(torch.zeros(2, *image_shape))
+    for parameter, value in zip(module.double().parameters(), views(theta, architecture, image_shape), strict=True):
         parameter.data.copy_(value)
     return module
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    ("filters", "kernels", "pooling"), [((4, 6), (3, 3), "max"), ((5, 3, 2), (5, 3, 5), "average")]
-)
-def test_learner_is_the_network_it_says(normalization, channels, filters, kernels, pooling):
+@pytest.mark.parametrize("rest", [((4, 6), (3, 3), "max", 0), ((5, 3, 2), (5, 3, 5), "average", 7)])
+def test_learner_is_the_network_it_says(normalization, channels, rest):
     torch.manual_seed(0)
-    architecture, image_shape = gtn.Architecture(filters, kernels, pooling, normalization), (channels, 16, 16)
+    architecture, image_shape = gtn.Architecture(*rest[:3], normalization, rest[3]), (channels, 16, 16)
     theta = gtn.init_learner(architecture, image_shape).double()
     theta += 0.1 * torch.randn_like(theta)
     images = torch.randn(6, *image_shape, dtype=torch.float64)
@@ -184,14 +184,14 @@ def test_learner_is_the_network_it_says(normalization, channels, filters, kernel
 
 def test_initialisation():
     torch.manual_seed(0)
-    architecture, image_shape = gtn.Architecture((64, 128), (3, 3)), (1, 28, 28)
-    conv1, scale, shift, conv2, _, _, weight, bias = views(
-        gtn.init_learner(architecture, image_shape), architecture, image_shape
-    )
+    architecture, image_shape = gtn.Architecture((64, 128), (3, 3), hidden_units=50), (1, 28, 28)
+    theta = gtn.init_learner(architecture, image_shape)
+    conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = views(theta, architecture, image_shape)
     assert conv1.var().item() == pytest.approx(2 / 9, rel=0.15)
     assert conv2.var().item() == pytest.approx(2 / (9 * 64), rel=0.02)
     assert scale.eq(1).all()
-    assert all(p.eq(0).all() for p in (shift, weight, bias))
+    assert hidden.var().item() == pytest.approx(2 / (128 * 49), rel=0.02)
+    assert all(p.eq(0).all() for p in (shift, zero, weight, bias))
 
 
 def test_sampled_learners_are_of_their_size():
@@ -207,7 +207,10 @@ def test_sampled_learners_are_of_their_size():
 @pytest.mark.parametrize("normalization", ["instance", "batch"])
 def test_a_padded_learner_is_the_learner_without_padding(normalization):
     """In its start, its meta-gradient and after training; and its padding stays zero."""
-    config, image_shape = gtn.Config(filters=((2, 5), (1, 4), (3, 6)), normalization=normalization), (2, 16, 16)
+    config, image_shape = (
+        gtn.Config(filters=((2, 5), (1, 4), (3, 6)), normalization=normalization, hidden_units=5),
+        (2, 16, 16),
+    )
     torch.manual_seed(0)
     rates = torch.full((5,), 0.05, dtype=torch.float64), torch.full((5,), 0.7, dtype=torch.float64)
     images = torch.randn(5, 4, *image_shape, dtype=torch.float64)
