@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 import gtn
+import nas
 
 # Test accuracies that others report on MNIST, in gtn.ORDERS, by source, (inner steps, batch size) and variant. The
 # paper trained and tested a teacher under each order (2,000 outer steps); its "no curriculum" is `random`. The earlier
@@ -176,17 +177,16 @@ def order_table(groups):
 
 def search_table(search):
     """Rows of text, the header first: how well each method ranks, what it costs, how good its best architecture is."""
-    ranks = [*itertools.product(("spearman", "kendall"), ("all", "top half"))]
-    rows = [["ranking by", *map(", ".join, ranks), "seconds for one", "test accuracy of its best"]]
+    header = ["ranked by", "Spearman, all", "better half", "given both sizes", "Kendall, all", "teacher minus it"]
+    rows = [[*header, "seconds each", "test accuracy of its best"]]
     for method, figures in search["correlations"].items():
-        key, row = "truth" if method == "ceiling" else method, [METHODS.get(method, method)]
-        for name, part in ranks:
-            numbers = [figures[name][part][key] for key in ("value", "low", "high")]
-            row.append("-" if None in numbers else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers))
+        key, spearman = "truth" if method == "ceiling" else method, figures["spearman"]
+        found = spearman["all"], spearman["top half"], figures["partial"]["all"], figures["kendall"]["all"]
+        row = [METHODS.get(method, method), *map(nas.interval, (*found, spearman["all"]["teacher minus this"]))]
         cost, best = search["seconds"].get(key), search["best"].get(key)
         rows.append([*row, f"{cost['mean']:.3g}" if cost else "-", f"{best['test']:.4f}" if best else "-"])
-    random = search["best"]["random"]
-    return [*rows, ["random pick", *"-----", f"{random['test']:.4f} +- {random['std']:.4f} (n = {random['n']})"]]
+    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**search["best"]["random"])
+    return [*rows, ["random pick", *"------", picks]]
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -197,7 +197,7 @@ COLOURS = collections.defaultdict(lambda: "0.5", zip(gtn.VARIANTS, itertools.cyc
 LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
 LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
 METHODS = {"teacher": "teacher", "control": "real data, same steps", "parameters": "parameter count"}
-METHODS |= {"multiply_adds": "multiply-adds", "ceiling": "noise ceiling"}
+METHODS |= {"multiply_adds": "multiply-adds", "ceiling": "noise ceiling", "corrected": "the same, corrected"}
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 STYLE |= {"xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "savefig.dpi": 150}
 
@@ -375,7 +375,8 @@ def draw_images(run):
 def draw_search(search):
     """A teacher's accuracy against full training, and each method's cost against its worth, of a nas.json."""
     config, rows, full = gtn.Config(**search["config"]), search["architectures"], search["truth"]
-    figure, (top, bottom) = new_figure(config, 6.8, 2, title=f"\n{len(rows)} architectures: {search['space']}")
+    title = f"\n{len(rows)} architectures, space {search['space']['name']}"
+    figure, (top, bottom) = new_figure(config, 6.8, 2, title=title)
     means = [np.mean([trained["validation"] for trained in row["truth"]]) for row in rows]
     look = {"c": [row["multiply_adds"] for row in rows], "norm": "log", "cmap": "viridis", "s": 22}
     figure.colorbar(top.scatter([row["teacher"] for row in rows], means, **look), ax=top, label="multiply-adds")
@@ -384,20 +385,25 @@ def draw_search(search):
     top.set(xlabel="validation accuracy by the teacher", ylabel="validation accuracy\nafter full training")
     teacher, control, truth = (search["seconds"][key]["mean"] for key in ("teacher", "control", "truth"))
     free = teacher / 4  # real data is as costly as the teacher: set apart, or its bar would hide the other
-    x = {"teacher": teacher, "control": 1.15 * control, "ceiling": truth, "parameters": free / 1.3}
-    for (method, figures), colour, marker in zip(search["correlations"].items(), PALETTE, "osv^Dxp", strict=False):
-        value, low, high = (figures["spearman"]["all"][key] for key in ("value", "low", "high"))
-        if None not in (value, low, high):
-            bar = {"yerr": [[value - low], [high - value]], "capsize": 3, "linestyle": ""}
-            look = {"color": colour, "marker": marker, "label": METHODS.get(method, method)}
-            bottom.errorbar(x.get(method, 1.3 * free), value, **bar, **look)
+    x = {"teacher": teacher, "control": 1.3 * control, "ceiling": truth, "corrected": 1.4 * truth}
+    x |= {"parameters": free / 1.3, "multiply_adds": 1.3 * free}
+    for (method, figures), colour, marker in zip(search["correlations"].items(), PALETTE, "osv^Dp*", strict=False):
+        for shift, key, face in ((1, "spearman", colour), (1.1, "partial", "none")):
+            value, low, high = (figures[key]["all"][name] for name in ("value", "low", "high"))
+            if None not in (value, low, high) and method in x:
+                bar = {"yerr": [[value - low], [high - value]], "capsize": 3, "linestyle": "", "markerfacecolor": face}
+                label = {"label": METHODS[method]} if key == "spearman" else {}
+                bottom.errorbar(shift * x[method], value, **bar, color=colour, marker=marker, **label)
     bottom.set(xlabel="seconds for an architecture", ylabel="Spearman correlation\nwith full training")
     logarithmic(bottom, bottom.xaxis)
     bottom.axvspan(free / 3, free * 2, color="0.94", zorder=0)
     bottom.text(free / 2.7, 0.5, "nothing trained", rotation=90, va="center", transform=bottom.get_xaxis_transform())
     caption = f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; noise ceiling: "
-    origin = f"{search['environment']['device']}; `{search['environment']['command']}`."
-    return figure, f"{caption}one against another. Bars: 95 % intervals. {config.kind}, seed {config.seed}; {origin}"
+    caption += (
+        "one against another; corrected: what a method without noise would reach against their mean. Hollow: given "
+    )
+    caption += f"parameters and multiply-adds. Bars: 95 % intervals. {config.kind}, seed {config.seed}; "
+    return figure, caption + f"{search['environment']['device']}; `{search['environment']['command']}`."
 
 
 # ------------------------------------------------------------------------- pages and command line

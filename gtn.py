@@ -1,8 +1,8 @@
 """Generative Teaching Networks in one file (Such et al., arXiv 1912.07768).
 
 A teacher makes synthetic images; a freshly initialised learner trains on them for a few SGD steps (the inner loop); its
-loss on real data is differentiated through the whole of that training, and the teacher follows this meta-gradient (the
-outer step). The file reads in that order; where images come from, files and the command line come last.
+loss on real data is differentiated through all of that training, and the teacher follows this meta-gradient (the outer
+step). The file reads in that order; files and the command line come last.
 
     python gtn.py           # embedded glyphs, no download: a minute or two on two CPU cores
     python gtn.py --help    # every flag and setting
@@ -50,8 +50,8 @@ VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}  # torchvision's
 CHOICES = {"variant": VARIANTS, "order": ORDERS, "dataset": (*DATASETS, "glyphs")}
-CHOICES |= {"normalization": ("layer", "instance", "batch")}
-LEAST = {"seed": 0, "hidden_units": 0, "batch_size": 2, "inner_lr": 1e-9}  # else 1, of numbers that are not whole 0
+CHOICES |= {"normalization": ("layer", "instance", "batch"), "kernels": (1, 3, 5, 7), "pooling": ("max", "average")}
+LEAST = {"seed": 0, "least_blocks": 0, "hidden_units": 0, "batch_size": 2, "inner_lr": 1e-9}  # else 1, or 0.0
 MOST = {"seed": 2**31 - 1, "outer_steps": 10**7, "momentum": 0.9999, "outer_beta1": 0.9999, "outer_beta2": 0.9999}
 
 
@@ -75,6 +75,9 @@ class Config:
     momentum: float = 0.5  # mu at the start; paper: 0.5
     # learner, meta-gradient and outer step
     filters: tuple = (64, 128)  # per conv block; [low, high]: sampled for every learner
+    least_blocks: int = 0  # so many of these blocks, or more: sampled; 0: all of them
+    kernels: tuple = (3,)  # of a block, sampled if several, of 1, 3, 5, 7
+    pooling: tuple = ("max",)  # of a learner, sampled if several, of max, average
     hidden_units: int = 0  # of a layer between the last conv block and the logits, 0: none; paper: 256
     normalization: str = "instance"  # layer, instance: per sample; batch: of the last synthetic batch
     meta_batch_size: int = 256  # real images per meta-loss; earlier run: 1024; paper: 128
@@ -101,7 +104,9 @@ class Config:
                 value = tuple(tuple(v) if type(v) is list else v for v in value)
             words, valid = f"like {json.dumps(field.default)}", type(value) in (kind, int if kind is float else kind)
             if name in CHOICES:
-                words, valid = f"one of {', '.join(CHOICES[name])}", valid and value in CHOICES[name]
+                chosen = value if kind is tuple else (value,)
+                words = f"{'some' if kind is tuple else 'one'} of {', '.join(map(str, CHOICES[name]))}"
+                valid = valid and chosen and all(type(x) in (int, str) and x in CHOICES[name] for x in chosen)
             elif kind in (int, float):
                 low, high = LEAST.get(name, int(kind is int)), MOST.get(name, 10**5)
                 words, valid = f"{words}, from {low} to {high:,}", valid and low <= value <= high
@@ -143,7 +148,7 @@ def seeded(*key):
 
 def load_data(dataset, folder, device):
     """The Data of a data set, on the device. Raises InputError where its files cannot be had."""
-    images, labels, test_images, test_labels = glyphs() if dataset == "glyphs" else torchvision_images(dataset, folder)
+    images, labels, test_images, test_labels = images_and_labels(dataset, folder)
     train = len(images) - (4_000 if dataset == "glyphs" else 10_000)
     std, mean = torch.std_mean(images[:train], dim=(0, 2, 3))
     parts = (images[:train], labels[:train]), (images[train:], labels[train:]), (test_images, test_labels)
@@ -310,10 +315,16 @@ def logits(theta, images, architecture, reference=None):
 
 
 def sample_architecture(config, widest=False):
-    """An Architecture of the config: its fixed filters, or a new draw from its ranges, or these ranges' upper ends."""
-    ranges = [f if type(f) is tuple else (f, f) for f in config.filters]
-    filters = tuple(high if widest else int(torch.randint(low, high + 1, ())) for low, high in ranges)
-    return Architecture(filters, (3,) * len(filters), "max", config.normalization, config.hidden_units)
+    """An Architecture of the config's search space: a new draw, or the one with the most of everything."""
+
+    def draw(options):
+        return options[-1 if widest or len(options) == 1 else int(torch.randint(len(options), ()))]
+
+    blocks = len(config.filters)
+    filters = config.filters[: draw(range(min(config.least_blocks or blocks, blocks), blocks + 1))]
+    filters = tuple(draw(range(f[0], f[1] + 1)) if type(f) is tuple else f for f in filters)
+    kernels = tuple(draw(config.kernels) for _ in filters)
+    return Architecture(filters, kernels, draw(config.pooling), config.normalization, config.hidden_units)
 
 
 # ------------------------------------------------------------------- inner loop and meta-gradient
@@ -394,9 +405,8 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
 
 def add_meta_gradient(teacher, data, theta, architecture):
     """Train one fresh learner from theta_0 and add its meta-gradient in phi to phi's .grad; returns the meta-loss."""
-    config, T = teacher.config, teacher.config.inner_steps
-    curriculum = teacher(data).shuffled(config.order)
-    chosen = [(T - t) % config.meta_loss_every == 0 for t in range(1, T + 1)]  # the last inner step, always
+    config, curriculum = teacher.config, teacher(data).shuffled(teacher.config.order)
+    chosen = [left % config.meta_loss_every == 0 for left in reversed(range(config.inner_steps))]  # the last, always
     batches = [sample(data.train, config.meta_batch_size) if yes else None for yes in chosen]
     method = meta_gradient_flat if config.flat else meta_gradient
     meta_loss, *gradients = method(theta, curriculum, architecture, batches)
@@ -453,7 +463,8 @@ def captured(teacher, data):
 
 # -------------------------------------------------------------------------------------- evaluation
 
-UNSEEN = {  # architectures that a teacher was not trained with, made of the one that it was
+TESTED = {  # made of the one that the teacher was trained with
+    "training": lambda a: a,
     "double width": lambda a: a._replace(filters=tuple(2 * f for f in a.filters)),
     "one more block": lambda a: a._replace(filters=(*a.filters, a.filters[-1]), kernels=(*a.kernels, 3)),
 }
@@ -466,17 +477,15 @@ def accuracy(theta, split, architecture, reference):
     return (torch.cat(found) == split.labels).double().mean().item()
 
 
-def evaluate(teacher, data, split, learners, order=None, change=None):
-    """`summary` of the accuracies on a split of learners 0, 1, ..., which no teacher has met.
+def evaluate(teacher, data, split, learners, order=None, tested="training"):
+    """`summary` of the accuracies on a split of learners 0, 1, ..., which no teacher has met; `tested`: their kind.
 
-    order: one of ORDERS; by default, for "transductive" and for "every step" (T accuracies of each learner) that which
-    the teacher was trained under. change: of the sampled Architecture.
+    order: one of ORDERS, or "transductive" or "every step" (T accuracies of each), in the teacher's own, as by default.
     """
     found, config = [], teacher.config
     for k in range(learners):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
-            architecture = sample_architecture(config)
-            architecture = change(architecture) if change else architecture
+            architecture = TESTED[tested](sample_architecture(config))
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
             curriculum = teacher(data).shuffled(order if order in ORDERS else config.order)
         _, *states = unroll(theta, curriculum, architecture)
@@ -525,15 +534,10 @@ def draw_glyphs(count, fonts, seed):
     return images.clamp(0, 1), labels
 
 
-def glyphs():
-    """Embedded digits: 20,000 for training and validation, 5,000 for test, every second in a font never trained on."""
-    known, unseen = draw_glyphs(2_500, FONTS, 1), draw_glyphs(2_500, TEST_FONTS, 2)
-    test = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(known, unseen, strict=True)]
-    return *draw_glyphs(20_000, FONTS, 0), *test
-
-
-def torchvision_images(dataset, folder):
-    """(training images, labels, test images, labels) of a torchvision data set, pixels in 0..1."""
+def images_and_labels(dataset, folder):
+    """[training images, labels, test images, labels] of a data set, pixels in 0..1."""
+    if dataset == "glyphs":  # half of the test images in fonts that are not trained on
+        return [*draw_glyphs(20_000, FONTS, 0), *draw_glyphs(5_000, FONTS[: len(TEST_FONTS)] + TEST_FONTS, 1)]
     import torchvision.datasets
 
     name, found = DATASETS[dataset], []
@@ -671,8 +675,8 @@ def save(folder, teacher, optimizer, data, step, log):
     """Write teacher.pt, log.jsonl and checkpoint.pt; of a teacher that draws a new curriculum for every learner one."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = {key: x.cpu().clone() for key, x in teacher(data)._asdict().items()}
-    phi = {key: x.cpu() for key, x in teacher.state_dict().items()}
-    common = {"config": dataclasses.asdict(teacher.config), "step": step, "teacher": phi}
+    common = {"config": dataclasses.asdict(teacher.config), "step": step, "seconds": log[-1]["seconds"]}
+    common |= {"teacher": {key: x.cpu() for key, x in teacher.state_dict().items()}}
     write(folder / "teacher.pt", common | {"curriculum": curriculum, "mean": data.mean.cpu(), "std": data.std.cpu()})
     write(folder / "log.jsonl", log)
     write(folder / "checkpoint.pt", common | {"optimizer": optimizer.state_dict(), "log": log})
@@ -682,9 +686,12 @@ def train(config, data, folder, resume=False, stop_after=None):
     """Meta-train to the end of the schedule, or until `stop_after` outer steps in all; returns how many there are."""
     teacher, optimizer, step, log = begin(config, data, folder, resume)
     started, saved = time.monotonic() - (log[-1]["seconds"] if log else 0), time.monotonic()
-    exact = config.normalization != "layer" or all(type(f) is int for f in config.filters)
+    alike = not config.least_blocks and len(config.kernels) == len(config.pooling) == 1  # but for their filters
+    exact = alike and (config.normalization != "layer" or all(type(f) is int for f in config.filters))
     replay = captured(teacher, data) if data.mean.is_cuda and config.cuda_graph and exact else None
     last, origin = min(config.outer_steps, stop_after or config.outer_steps), environment(data.mean.device)
+    if data.mean.is_cuda and config.cuda_graph and not exact:
+        tqdm.write(f"{folder.name}: no CUDA graph, which needs learners that differ in their filters alone")
     bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step", disable=RANK > 0)
 
     def note(event, **fields):
@@ -729,11 +736,11 @@ def evaluate_file(path, learners, data, device, resume):
     own, leaks = teacher.config.order, teacher.config.normalization == "batch"  # per sample nothing can leak
     orders = [own, *(order for order in ORDERS if order != own), *["transductive"] * leaks]
     wanted = [("training", order, learners) for order in orders] + [("training", "every step", few)]
-    for name, order, n in wanted + [(name, own, few) for name in UNSEEN]:
+    for name, order, n in wanted + [(name, own, few) for name in [*TESTED][1:]]:
         if (name, order, n) not in done:
             some = Split(*(x[: 1000 if order == "every step" else None] for x in data.test))
             with contextlib.suppress(InputError):  # one more block may be too deep for the images
-                row = evaluate(teacher, data, some, n, order, UNSEEN.get(name))
+                row = evaluate(teacher, data, some, n, order, name)
                 done[name, order, n] = {"architecture": name, "order": order} | row
             write(output, origin | {"rows": [*done.values()]})
         if (name, order, n) in done:
@@ -834,8 +841,7 @@ def main(arguments=None):
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
     if RANK == 0:
-        continues = "; --resume continues" * (steps < config.outer_steps)
-        print(f"{folder}: {steps} of {config.outer_steps} outer steps; teacher.pt is there{continues}")
+        print(f"{folder}: {steps} of {config.outer_steps} outer steps")
     if RANK == 0 and steps == config.outer_steps:
         evaluate_file(folder / "teacher.pt", config.test_learners, data, device, resume=True)
 

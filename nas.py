@@ -1,17 +1,17 @@
 """Neural architecture search with a trained teacher (Such et al., arXiv 1912.07768).
 
 Ranks random architectures by the accuracy that each reaches after the few SGD steps of a teacher's curriculum, and
-measures what the ranking is worth: its rank correlation with the truth, the accuracy after full training on real data.
+measures what the ranking is worth: its rank correlation with the truth, beside what costs less.
 
-    python nas.py runs/quick-learned-s0/teacher.pt --architectures 12 --truth-steps 100   # 2 minutes on two CPU cores
-    python nas.py TEACHER.pt                            # 64 architectures, to nas-widths-s0 beside the teacher
+    python nas.py TEACHER.pt --architectures 16         # of the space that the teacher was trained on
+    python nas.py TEACHER.pt --resume                   # 64 architectures, those 16 among them
     torchrun --nproc-per-node 2 nas.py TEACHER.pt       # the same result, architectures shared out among processes
 
-  teacher     validation accuracy of a fresh learner after the T inner steps of the teacher's curriculum
+  teacher     validation accuracy of fresh learners after the T inner steps of the teacher's curriculum
   control     the same, from the same theta_0, on T real batches (one set for all architectures) at tuned rates
   parameters  of the learner; multiply_adds: of its network, for one image
   truth       validation accuracy after full training, the mean over `--repeats` seeds
-  ceiling     one full training against another; the mean over the seeds has less noise, so a method may come out above
+  ceiling     one full training against another; corrected: what a method without noise would reach against their mean
 
 Everything is chosen on validation images; test accuracy is reported, and decides nothing.
 """
@@ -34,27 +34,7 @@ import gtn
 
 # ------------------------------------------------------------------------------------ search space
 
-SPACES = {  # possible numbers of conv blocks; (low, high) of each block's filters; kernel sizes; poolings
-    "widths": ((2,), ((1, 63), (1, 127)), (3,), ("max",)),
-    "wide": ((1, 2, 3, 4), ((4, 128),) * 4, (3, 5), ("max", "average")),
-}
-
-
-def sample_architectures(space, count, normalization, image_shape, *key):
-    """`count` distinct Architectures that fit images [C, H, W], fixed by the key; a longer list begins with them."""
-    depths, ranges, kernels, poolings = SPACES[space]
-    random, found = np.random.default_rng(key), {}  # a dict: distinct, in order
-    for _ in range(20 * count):
-        n = random.choice(depths)
-        filters = tuple(int(random.integers(low, high + 1)) for low, high in ranges[:n])
-        kernel_sizes, pooling = tuple(random.choice(kernels, n).tolist()), str(random.choice(poolings))
-        architecture = gtn.Architecture(filters, kernel_sizes, pooling, normalization)
-        with contextlib.suppress(gtn.InputError):  # too deep
-            gtn.declared_parameters(architecture, image_shape)
-            found[architecture] = None
-        if len(found) == count:
-            return list(found)
-    raise gtn.InputError(f"--architectures {count}: more than --space {space} has for images of {[*image_shape]}")
+SIZES = "parameters", "multiply_adds"
 
 
 def sizes(architecture, image_shape):
@@ -62,23 +42,49 @@ def sizes(architecture, image_shape):
     parameters = sum(math.prod(shape) for _, shape in gtn.declared_parameters(architecture, image_shape))
     with FlopCounterMode(display=False) as counter, torch.device("meta"):  # computes nothing
         gtn.network(torch.empty(1, *image_shape), architecture, lambda _, *shape: torch.empty(shape))
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+    return dict(zip(SIZES, (parameters, counter.get_total_flops() // 2), strict=True))
+
+
+def sample_architectures(config, band, count, image_shape, *key):
+    """`count` distinct Architectures of a config's space, with multiply-adds within the band, fixed by the key.
+
+    A longer list begins with them. Raises InputError where there are not so many.
+    """
+    found = {}  # a dict: distinct, in order
+    with gtn.seeded(*key):
+        for _ in range(50 * count):
+            architecture = gtn.sample_architecture(config)
+            if architecture not in found and band[0] <= sizes(architecture, image_shape)["multiply_adds"] <= band[1]:
+                found[architecture] = None
+            if len(found) == count:
+                return list(found)
+    within = f"of {band[0]:,} to {band[1]:,} multiply-adds, of which {len(found)} were found"
+    raise gtn.InputError(f"--architectures {count}: more than the space of {config.name} has {within}")
 
 
 # -------------------------------------------------------------------- one architecture's measurements
 
-BATCH, PEAK_LR, DECAY = 128, 0.02, 0.01
+BATCH, PEAK_LR, DECAY = 64, 0.02, 0.01
 RECIPE = f"AdamW, one-cycle learning rate up to {PEAK_LR}, weight decay {DECAY}, batches of {BATCH}"
+LEARNERS, RATES = 2, (0.5, 1, 2)  # teacher and control try each multiple of their learning rates on so many learners
 
 
-def train_briefly(source, architecture, data, images, seed):
-    """Accuracy on the first `images` validation images after T inner steps; seed and architecture alone fix theta_0."""
-    with gtn.seeded(seed, gtn.SHORT_TRAINING, *repr(architecture).encode()), torch.no_grad():
+def train_briefly(source, architecture, data, settings, rate=1, k=0):
+    """Validation accuracy of learner k after T inner steps, whose randomness is of seed, k and architecture alone."""
+    with gtn.seeded(settings["seed"], gtn.SHORT_TRAINING, k, *repr(architecture).encode()), torch.no_grad():
         theta = gtn.init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
         curriculum = source(data) if callable(source) else source  # drawn for every learner
-    *_, (theta, _) = gtn.unroll(theta, curriculum, architecture)
-    split = gtn.Split(*(x[:images] for x in data.validation))
+    *_, (theta, _) = gtn.unroll(theta, curriculum._replace(lr=rate * curriculum.lr), architecture)
+    split = gtn.Split(*(x[: settings["config"]["validation_images"]] for x in data.validation))
     return gtn.accuracy(theta, split, architecture, curriculum.images[-1])
+
+
+def score(source, architecture, data, settings):
+    """Mean accuracy of LEARNERS after the T inner steps, at the best of RATES."""
+    return max(
+        float(np.mean([train_briefly(source, architecture, data, settings, rate, k) for k in range(LEARNERS)]))
+        for rate in RATES
+    )
 
 
 def train_fully(architecture, data, steps, seed, repeat):
@@ -105,25 +111,28 @@ def control_curriculum(config, data, seed, lr, momentum):
     return gtn.Curriculum(*batches, *(data.mean.new_full((config.inner_steps,), x) for x in (lr, momentum)))
 
 
-def tune_control(space, config, data, seed):
-    """{"lr", "momentum", "grid"}: the best of a grid by the mean accuracy of 4 architectures of another stream."""
-    shape, grid = data.train.images.shape[1:], []
-    architectures = sample_architectures(space, 4, config.normalization, shape, seed, gtn.TUNING)
+def tune_control(space, config, data, settings):
+    """{"lr", "momentum", "grid", "seconds"}: the best of a grid by the mean accuracy of 4 other architectures."""
+    started, shape, grid = time.perf_counter(), data.train.images.shape[1:], []
+    architectures = sample_architectures(space, settings["band"], 4, shape, settings["seed"], gtn.TUNING)
     for lr, momentum in tqdm([*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))], "control's grid"):
-        control = control_curriculum(config, data, seed, lr, momentum)
-        found = [train_briefly(control, a, data, config.validation_images, seed) for a in architectures]
+        control = control_curriculum(config, data, settings["seed"], lr, momentum)
+        found = [train_briefly(control, architecture, data, settings) for architecture in architectures]
         grid.append({"lr": lr, "momentum": momentum, "validation": float(np.mean(found))})
-    return max(grid, key=lambda row: row["validation"]) | {"grid": grid}
+    best = max(grid, key=lambda row: row["validation"])
+    return best | {"grid": grid, "seconds": time.perf_counter() - started}
 
 
 def measure(architecture, data, sources, settings):
     """What nas.json says of an architecture; seconds of truth: for one training, with validation and test."""
-    seed, truth, images = settings["seed"], settings["truth"], settings["config"]["validation_images"]
-    line, times = architecture._asdict() | sizes(architecture, data.train.images.shape[1:]), [time.perf_counter()]
+    truth, line = settings["truth"], architecture._asdict() | sizes(architecture, data.train.images.shape[1:])
+    times = [time.perf_counter()]
     for name, source in sources.items():
-        line[name] = train_briefly(source, architecture, data, images, seed)
+        line[name] = score(source, architecture, data, settings)
         times.append(time.perf_counter())
-    line["truth"] = [train_fully(architecture, data, truth["steps"], seed, r) for r in range(truth["repeats"])]
+    line["truth"] = [
+        train_fully(architecture, data, truth["steps"], settings["seed"], r) for r in range(truth["repeats"])
+    ]
     times.append(times[-1] + (time.perf_counter() - times[-1]) / truth["repeats"])  # of one training
     return line | {"seconds": dict(zip((*sources, "truth"), np.diff(times).tolist(), strict=True))}
 
@@ -131,13 +140,19 @@ def measure(architecture, data, sources, settings):
 # ------------------------------------------------------------------------------ statistics of ranks
 #
 # Of values x, y [n] under weights [R, n]: weight w makes an entry count as w equal ones. Weights of one give the value
-# itself, multinomial counts bootstrap resamples. nan, undefined, where x or y is constant.
+# itself, multinomial counts bootstrap resamples. nan, undefined, where x or y is constant, or what is given decides it.
 
 
-def spearman(x, y, weights):
-    """Spearman's rank correlation [R]: Pearson's correlation of ranks, ties having their average rank."""
-    a, b = (weights @ np.sign(z - z[:, None]) for z in (x, y))  # twice the distance from the mean rank
-    return (weights * a * b).sum(1) / np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1))
+def spearman(x, y, weights, given=()):
+    """Spearman's rank correlation [R], Pearson's of ranks, ties having their average rank; partial, where values
+    `given` are held fixed: of what is left of the ranks after linear regression on the ranks of those."""
+    ranks = np.stack([weights @ np.sign(z - z[:, None]) for z in (x, y, *given)], 1)  # twice the distance from the mean
+    covariance = np.einsum("rin,rjn,rn->rij", ranks, ranks, weights)
+    a, b = covariance[:, :2, 2:], np.linalg.pinv(covariance[:, 2:, 2:], hermitian=True)
+    rest = covariance[:, :2, :2] - a @ b @ a.transpose(0, 2, 1)
+    variance = np.diagonal(rest, axis1=1, axis2=2)
+    variance = np.where(variance > 1e-9 * np.diagonal(covariance[:, :2, :2], axis1=1, axis2=2), variance, np.nan)
+    return rest[:, 0, 1] / np.sqrt(variance.prod(1))
 
 
 def kendall(x, y, weights):
@@ -147,74 +162,112 @@ def kendall(x, y, weights):
     return both / np.sqrt(in_x * in_y)
 
 
-def estimate(statistic, pairs, weights):
-    """The mean over pairs (x, y) with weights[0], and its 95 % interval with the others; None where it is undefined."""
-    with np.errstate(invalid="ignore"):
-        values = np.mean([statistic(x, y, weights) for x, y in pairs] or np.full((1, len(weights)), np.nan), axis=0)
-    defined = [x for x in values[1:] if not math.isnan(x)]
-    found = values[0], *(np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan))
+def estimate(values):
+    """{"value", "low", "high"} of values [1 + R]: the first, and the 95 % interval of the others; None: undefined."""
+    defined = values[1:][~np.isnan(values[1:])]
+    found = values[0], *(np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan))
     return {n: None if math.isnan(x) else float(x) for n, x in zip(("value", "low", "high"), found, strict=True)}
 
 
 def correlations(methods, repeats, seed, resamples=1000):
-    """{method: {"spearman" and "kendall": {"all" and "top half" by truth: estimate}}}, also of the method "ceiling".
+    """{method: {statistic: {"all" and "top half" by truth: estimate, with that of "teacher minus this"}}}.
 
-    methods: {name: values [n]}; repeats [R, n]: truth under each seed, whose mean is truth. All share their resamples.
+    methods: {name: values [n]}; repeats [R, n]: truth under each seed, whose mean is truth. Statistics: spearman,
+    kendall, and partial: spearman given both sizes. All share their resamples, and so the differences are paired.
     """
     truth, n = np.mean(repeats, axis=0), len(repeats[0])
     resampled = np.random.default_rng([seed, gtn.BOOTSTRAP]).multinomial(n, np.full(n, 1 / n), resamples)
     weights = np.concatenate([np.ones((1, n)), resampled])
     better, tied = weights @ (truth[:, None] > truth), weights @ (truth[:, None] == truth)
     share = np.clip(((n + 1) // 2 - better) / np.maximum(tied, 1e-9), 0, 1)  # ties at the border share the room
-    subsets, statistics = {"all": weights, "top half": weights * share}, {"spearman": spearman, "kendall": kendall}
-    compared = {name: [(np.array(values), truth)] for name, values in methods.items()}
-    compared["ceiling"] = list(itertools.combinations(np.array(repeats), 2))
-    return {
-        name: {key: {s: estimate(f, pairs, w) for s, w in subsets.items()} for key, f in statistics.items()}
-        for name, pairs in compared.items()
-    }
+    subsets, methods = {"all": weights, "top half": weights * share}, {name: np.array(x) for name, x in methods.items()}
+    given, values, found = [methods[name] for name in SIZES], {}, {}
+    statistics = {"spearman": spearman, "kendall": kendall, "partial": lambda *a: spearman(*a, given)}
+    for (key, f), (subset, w) in itertools.product(statistics.items(), subsets.items()):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for name, x in methods.items():
+                values[name, key, subset] = f(x, truth, w)
+            pairs = [f(x, y, w) for x, y in itertools.combinations(np.array(repeats), 2)]
+            values["ceiling", key, subset] = one = np.mean(pairs or np.full((1, len(w)), np.nan), 0)
+            # Spearman and Brown's reliability of a mean; its root is the correlation with it. Not of Kendall's
+            reliability = len(repeats) * one / (1 + (len(repeats) - 1) * one)
+            values["corrected", key, subset] = np.sqrt(reliability) if key != "kendall" else np.nan * one
+    for (name, key, subset), x in values.items():
+        difference = estimate(values["teacher", key, subset] - x)
+        found.setdefault(name, {}).setdefault(key, {})[subset] = estimate(x) | {"teacher minus this": difference}
+    return found
 
 
 def conclude(lines, settings):
     """The content of nas.json: settings, all measurements and what follows from them."""
     repeats, test = (np.array([[t[split] for t in x["truth"]] for x in lines]).T for split in ("validation", "test"))
-    methods = {name: [x[name] for x in lines] for name in ("teacher", "control", "parameters", "multiply_adds")}
+    methods = {name: [x[name] for x in lines] for name in ("teacher", "control", *SIZES)}
     test, seconds, best = test.mean(0), {}, {}
+    for name, values in (methods | {"truth": repeats.mean(0)}).items():
+        best[name] = {"index": (index := int(np.argmax(values))), "test": float(test[index])}
     for name in ("teacher", "control", "truth"):
-        times, index = [x["seconds"][name] for x in lines], int(np.argmax(methods.get(name, repeats.mean(0))))
-        seconds[name] = {"mean": float(np.mean(times)), "total": float(np.sum(times))}
-        best[name] = {"index": index, "test": float(test[index])}
-    best["random"] = {"test": float(test.mean()), "std": float(test.std(ddof=1)), "n": len(test)}
+        seconds[name] = {
+            "mean": (mean := float(np.mean([x["seconds"][name] for x in lines]))),
+            "total": mean * len(lines),
+        }
+    best["random"] = {
+        "mean": float(test.mean()),
+        "std": float(test.std(ddof=1)),
+        "best": float(test.max()),
+        "n": len(test),
+    }
+    preparation = {"teacher": settings["teacher_seconds"], "control": settings["control"]["seconds"]}
+    for name, once in preparation.items():
+        if once is not None:  # an old teacher.pt does not know how long it was trained
+            saved = seconds["truth"]["mean"] - seconds[name]["mean"]
+            seconds[name] |= {"once": once, "shared": seconds[name]["mean"] + once / len(lines)}
+            seconds[name]["pays from"] = math.ceil(once / saved) if saved > 0 else None
     found = {"architectures": lines, "correlations": correlations(methods, repeats, settings["seed"]), "best": best}
-    return settings | found | {"seconds": seconds, "cost_ratio": seconds["truth"]["mean"] / seconds["teacher"]["mean"]}
+    return settings | found | {"seconds": seconds}
+
+
+def interval(estimate):
+    """An estimate in words: '0.69 [0.48, 0.84]', or '-' where it is undefined."""
+    numbers = [estimate[key] for key in ("value", "low", "high")]
+    return "-" if None in numbers else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
 
 
 def report(result):
-    """Print nas.json: the architectures by the teacher's rank, correlations, cost, what each method would pick."""
-    lines, best = result["architectures"], result["best"]
-    names = [f"{[*x['filters']]} {[*x['kernels']]} {x['pooling']}" for x in lines]
+    """Print nas.json: the architectures by the teacher's rank, what each method's ranking is worth and costs."""
+    lines, best, seconds = result["architectures"], result["best"], result["seconds"]
     print(f"{'rank architecture':<48}parameters  multiply-adds  teacher  control    truth")
     for rank, i in enumerate(np.argsort([-x["teacher"] for x in lines], kind="stable"), 1):
         if rank <= 10 or rank > len(lines) - 5:
             x, truth = lines[i], np.mean([t["validation"] for t in lines[i]["truth"]])
-            print(f"{rank:<5}{names[i]:<43}{x['parameters']:>10,}{x['multiply_adds']:>15,}", end="")
+            name = f"{[*x['filters']]} {[*x['kernels']]} {x['pooling']}"
+            print(f"{rank:<5}{name:<43}{x['parameters']:>10,}{x['multiply_adds']:>15,}", end="")
             print(f"{x['teacher']:>9.4f}{x['control']:>9.4f}{truth:>9.4f}")
-    print("\nrank correlation with truth [95 % bootstrap interval], nan where it is undefined")
+    print("\nSpearman's correlation with the truth [95 % bootstrap interval]; seconds each; test accuracy of the best")
+    row = "{:<15}{:<21}{:<21}{:<21}{:<22}{:<9}{}".format
+    print(row("ranked by", "all", "better half", "given both sizes", "teacher minus it", "seconds", "test"))
     for name, found in result["correlations"].items():
-        for subset in ("all", "top half"):
-            numbers = [x for f in ("spearman", "kendall") for x in found[f][subset].values()]
-            words = "{:<15}{:<10}Spearman {:5.2f} [{:5.2f}, {:5.2f}]   Kendall {:5.2f} [{:5.2f}, {:5.2f}]"
-            print(words.format(name, subset, *np.array(numbers, float)))
-    print(f"\nseconds each (truth costs {result['cost_ratio']:.0f} times the teacher), test accuracy of its best")
-    for name, x in result["seconds"].items():
-        print(f"{name:<15}{x['mean']:<10.3g}{best[name]['test']:.4f} {names[best[name]['index']]}")
-    print("{:<25}{test:.4f} +- {std:.4f}, n = {n}".format("random", **best["random"]))
+        cells = found["spearman"]["all"], found["spearman"]["top half"], found["partial"]["all"]
+        key = {"ceiling": "truth"}.get(name, name)
+        cost, pick = seconds.get(key, {}).get("mean"), best.get(key, {}).get("test")
+        words = [interval(x) for x in (*cells, cells[0]["teacher minus this"])]
+        print(row(name, *words, f"{cost:.3g}" if cost else "", f"{pick:.4f}" if pick else ""))
+    print("{:<109}{mean:.4f} +- {std:.4f}, best {best:.4f} of {n}".format("random pick", **best["random"]))
+    if "once" in seconds["teacher"]:
+        words = "training the teacher took {once:.0f} s, its share makes it {shared:.3g} s each: cheaper than the truth"
+        print((words + " from {pays from} architectures on").format(**seconds["teacher"]))
 
 
 # ------------------------------------------------------------------------------------------ search
 
 
-def begin(folder, settings, resume, config, data):
+def architecture_of(x):
+    """The Architecture of a line of nas.jsonl."""
+    return gtn.Architecture(
+        tuple(x["filters"]), tuple(x["kernels"]), *(x[name] for name in gtn.Architecture._fields[2:])
+    )
+
+
+def begin(folder, settings, resume, space, config, data):
     """(control, {Architecture: its line}) of the search in the folder, or of a new one.
 
     Raises InputError for the folder of another search, for this one's without resume, and for damaged files.
@@ -222,24 +275,24 @@ def begin(folder, settings, resume, config, data):
     path, log, done = folder / "search.json", folder / "nas.jsonl", {}
     lines = gtn.read(log) if log.exists() else []
     if not lines and not path.exists():
-        gtn.write(path, settings | {"control": tune_control(settings["space"], config, data, settings["seed"])})
+        gtn.write(path, settings | {"control": tune_control(space, config, data, settings)})
     content = gtn.read(path)
     with gtn.reading(path):
-        other = [name for name in ("seed", "space", "truth", "sha256") if content[name] != settings[name]]
-        if not math.isfinite(content["control"]["lr"] * content["control"]["momentum"]):
+        other = [key for key in ("seed", "space", "band", "score", "truth", "sha256") if content[key] != settings[key]]
+        if not math.isfinite(math.prod(content["control"][key] for key in ("lr", "momentum", "seconds"))):
             raise ValueError("a number is not finite")
     if other or (lines and not resume):
         what = f"a search with other {', '.join(other)}" if other else "this search: continue it with --resume"
         raise gtn.InputError(f"{folder} holds {what}, or choose another --out")
     with gtn.reading(log):
         for x in lines:
-            numbers = [x[name] for name in ("parameters", "multiply_adds", "teacher", "control")]
+            numbers = [x[name] for name in ("teacher", "control", *SIZES)]
             numbers += [x["seconds"][name] for name in ("teacher", "control", "truth")]
             numbers += [t[split] for t in x["truth"] for split in ("validation", "test")]
             finite = np.isfinite([*numbers, *x["filters"], *x["kernels"]]).all()
             if not finite or len(x["truth"]) != settings["truth"]["repeats"]:
                 raise ValueError("a number is missing, or not finite")
-            done[gtn.Architecture(tuple(x["filters"]), tuple(x["kernels"]), x["pooling"], x["normalization"])] = x
+            done[architecture_of(x)] = x
     gtn.write(log, lines)  # without a last line that was never finished
     return content["control"], done
 
@@ -247,28 +300,31 @@ def begin(folder, settings, resume, config, data):
 def search(args, device):
     """All of it, alone or as one of torchrun's ranks; the folder gets search.json, nas.jsonl, at the end nas.json."""
     teacher, content = gtn.read_teacher(args.teacher, device)
-    config, curriculum, space, seed = teacher.config, content["curriculum"], args.space, args.seed
+    config, curriculum, seed = teacher.config, content["curriculum"], args.seed
+    space = gtn.make_config(args.space) if args.space else config
     data = gtn.load_data(config.dataset, args.data, device)
     theirs, ours = torch.cat([content["mean"], content["std"]]).to(data.mean), torch.cat([data.mean, data.std])
-    kind, shape = config.normalization, data.train.images.shape[1:]
+    shape = data.train.images.shape[1:]
     if curriculum.images.shape[2:] != shape or not torch.allclose(theirs, ours, rtol=0, atol=1e-3):
         raise gtn.InputError(f"{args.teacher} was trained on other images than this {config.dataset}: see --data")
-    architectures = sample_architectures(space, args.architectures, kind, shape, seed, gtn.ARCHITECTURES)
-    sha256 = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
-    settings = {"teacher": str(args.teacher), "sha256": sha256, "seed": seed, "space": space, "config": vars(config)}
-    settings["truth"] = {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE}
-    settings["environment"] = gtn.environment(device)
-    folder = args.out or args.teacher.with_name(f"nas-{space}-s{seed}")
+    architectures = sample_architectures(space, args.multiply_adds, args.architectures, shape, seed, gtn.ARCHITECTURES)
+    settings = {"teacher": str(args.teacher), "sha256": hashlib.sha256(args.teacher.read_bytes()).hexdigest()}
+    settings |= {"teacher_seconds": content.get("seconds"), "config": vars(config), "seed": seed}
+    fields = "name", "filters", "least_blocks", "kernels", "pooling", "normalization", "hidden_units"
+    settings |= {"space": {key: getattr(space, key) for key in fields}, "band": args.multiply_adds}
+    settings |= {"score": {"learners": LEARNERS, "rates": RATES}, "environment": gtn.environment(device)}
+    settings |= {"truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE}}
+    settings = json.loads(json.dumps(settings))  # as it is read again
+    folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{seed}")
     with gtn.locked(folder) if gtn.RANK == 0 else contextlib.nullcontext():
-        begun = [begin(folder, settings, args.resume, config, data) if gtn.RANK == 0 else None]
+        begun = [begin(folder, settings, args.resume, space, config, data) if gtn.RANK == 0 else None]
         if gtn.WORLD > 1:
             torch.distributed.broadcast_object_list(begun)
         settings["control"], done = begun[0]
         control = control_curriculum(config, data, seed, settings["control"]["lr"], settings["control"]["momentum"])
         kept = teacher if config.variant in ("random", "real") else lambda _: curriculum.shuffled(config.order)
-        sources = {"teacher": kept, "control": control}
-        missing = [a for a in architectures if a not in done][gtn.RANK :: gtn.WORLD]
-        for architecture in tqdm(missing, folder.name, unit="net", disable=gtn.RANK > 0):
+        sources, missing = {"teacher": kept, "control": control}, [a for a in architectures if a not in done]
+        for architecture in tqdm(missing[gtn.RANK :: gtn.WORLD], folder.name, unit="net", disable=gtn.RANK > 0):
             done[architecture] = measure(architecture, data, sources, settings)
             with open(folder / "nas.jsonl", "ab") as file:  # one write a line: ranks share the file
                 file.write((json.dumps(done[architecture], allow_nan=False) + "\n").encode())
@@ -289,9 +345,11 @@ def main(arguments=None):
     add = parser.add_argument
     add("teacher", type=Path, metavar="TEACHER.pt", help="of a run of gtn.py")
     add("--architectures", type=int, default=64, help="how many to sample (default: 64)")
-    add("--space", default="widths", choices=SPACES, help="widths (default) or wide: see SPACES in nas.py")
+    add("--space", metavar="CONFIG", help="sample as this entry of configs.json does (default: as the teacher did)")
+    band = {"type": int, "nargs": 2, "default": [0, 10**12], "metavar": ("LOW", "HIGH")}
+    add("--multiply-adds", **band, help="keep architectures within this band, for one image")
     add("--seed", type=int, default=0, help="fixes everything on a CPU (default: 0)")
-    add("--truth-steps", type=int, default=782, help="of full training (default: 782, 2 epochs of MNIST)")
+    add("--truth-steps", type=int, default=800, help=f"of full training, of {BATCH} images each (default: 800)")
     add("--repeats", type=int, default=2, help="full trainings of each architecture (default: 2)")
     add("--out", type=Path, metavar="DIR", help="folder of the results (default: nas-SPACE-sSEED beside the teacher)")
     add("--resume", action="store_true", help="continue the search in its folder, if there is one")

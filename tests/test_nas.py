@@ -15,7 +15,7 @@ import gtn
 import nas
 from gtn import Architecture
 
-SHAPE = (1, 8, 8)
+SHAPE, ANY = (1, 8, 8), (0, 10**12)
 
 
 def test_rank_correlations_by_hand():
@@ -27,11 +27,36 @@ def test_rank_correlations_by_hand():
     assert nas.kendall(x, y, one) == pytest.approx(5 / math.sqrt(5 * 6), abs=1e-15)
 
 
+def test_partial_correlation_by_hand():
+    """Of residuals of ranks; given one variable, and where it decides, by the textbook's formula."""
+    generator = np.random.default_rng(1)
+    x, y, z, w = generator.normal(size=(4, 20))
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y, z, w)]
+    design = np.column_stack([np.ones(20), *ranks[2:]])
+    left = [rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0] for rank in ranks[:2]]
+    assert nas.spearman(x, y, np.ones((1, 20)), (z, w)) == pytest.approx(np.corrcoef(left)[0, 1], abs=1e-12)
+    xy, xz, yz = (np.corrcoef(ranks[i], ranks[j])[0, 1] for i, j in ((0, 1), (0, 2), (1, 2)))
+    expected = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert nas.spearman(x, y, np.ones((1, 20)), (z,)) == pytest.approx(expected, abs=1e-12)
+    assert nas.spearman(x, y, np.ones((1, 20)), (z, 2 * z)) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(nas.spearman(x, y, np.ones((1, 20)), (w, x))).all()  # nothing of x is left
+
+
+def with_sizes(**methods):
+    """Methods as `nas.correlations` wants them; sizes that are noise."""
+    generator, n = np.random.default_rng(9), len(next(iter(methods.values())))
+    return (
+        {"teacher": generator.normal(size=n)}
+        | dict(zip(nas.SIZES, generator.normal(size=(2, n)), strict=True))
+        | methods
+    )
+
+
 def test_bootstrap_intervals_against_resampled_lists():
     """Weights are repetitions: 100 resamples drawn out as lists, with ties in the method, give the same numbers."""
     generator, n = np.random.default_rng(3), 11
     truth, method = generator.normal(size=n), generator.integers(0, 4, n)
-    found = nas.correlations({"method": method.tolist()}, [truth.tolist()], 5, resamples=100)["method"]
+    found = nas.correlations(with_sizes(method=method), [truth.tolist()], 5, resamples=100)["method"]
     counts = np.random.default_rng([5, gtn.BOOTSTRAP]).multinomial(n, np.full(n, 1 / n), 100)
     for name, (subset, size) in itertools.product(("spearman", "kendall"), {"all": n, "top half": 6}.items()):
         values = []
@@ -41,29 +66,72 @@ def test_bootstrap_intervals_against_resampled_lists():
             if len(set(method[drawn])) > 1 and len(set(truth[drawn])) > 1:
                 values.append(getattr(nas, name)(method[drawn], truth[drawn], np.ones((1, size)))[0])
         expected = values[0], *np.percentile(values[1:], [2.5, 97.5])
-        assert [*found[name][subset].values()] == pytest.approx(expected, abs=1e-12)
+        assert [*found[name][subset].values()][:3] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_ceiling_and_what_is_undefined():
+def test_the_ceiling_differences_and_what_is_undefined():
     a, b, c = [1.0, 2, 3, 4, 5], [2.0, 1, 4, 3, 5], [5.0, 4, 3, 2, 1]
-    ceiling = nas.correlations({}, [a, b, c], 0)["ceiling"]["kendall"]["all"]
+    ceiling = nas.correlations(with_sizes(teacher=a), [a, b, c], 0)["ceiling"]["kendall"]["all"]
     assert ceiling["value"] == pytest.approx((0.6 - 1 - 0.6) / 3)  # the mean over pairs
+    found = nas.correlations(with_sizes(teacher=a, rival=b, same=[7] * 5), [a, b], 0)
+    assert found["ceiling"]["spearman"]["all"]["value"] == pytest.approx(0.8)
+    assert found["corrected"]["spearman"]["all"]["value"] == pytest.approx(math.sqrt(2 * 0.8 / 1.8))
+    truth = np.mean([a, b], 0)
+    difference = found["rival"]["kendall"]["all"]["teacher minus this"]
+    one = np.ones((1, 5))
+    assert difference["value"] == pytest.approx(
+        nas.kendall(np.array(a), truth, one)[0] - nas.kendall(np.array(b), truth, one)[0]
+    )
+    assert set(found["teacher"]["spearman"]["all"]["teacher minus this"].values()) == {0.0}  # paired: not a spread
     nothing = {"value": None, "low": None, "high": None}
-    found = nas.correlations({"same": [7] * 5}, [a], 0)
-    for method in ("same", "ceiling"):  # constant; no second training
-        assert found[method] == {name: {"all": nothing, "top half": nothing} for name in ("spearman", "kendall")}
+    nothing = nothing | {"teacher minus this": nothing}
+    assert found["same"] == {name: {"all": nothing, "top half": nothing} for name in ("spearman", "kendall", "partial")}
+    single = nas.correlations(with_sizes(teacher=b), [a], 0)  # no second training
+    assert single["ceiling"]["spearman"]["all"] == single["corrected"]["spearman"]["all"] == nothing
 
 
 def test_sizes_by_hand_and_of_a_real_forward():
     found = nas.sizes(Architecture((2, 3), (3, 5)), (1, 28, 28))
     assert found["parameters"] == (2 * 9 + 2 + 2) + (3 * 2 * 25 + 3 + 3) + (10 * 3 * 49 + 10)
     assert found["multiply_adds"] == 2 * 9 * 784 + 3 * 2 * 25 * 196 + 10 * 3 * 49
-    for architecture in nas.sample_architectures("wide", 6, "layer", (3, 30, 22), 0):
+    several = gtn.Config(filters=((4, 30),) * 3, least_blocks=1, kernels=(3, 5), pooling=("max", "average"))
+    for architecture in nas.sample_architectures(several, ANY, 6, (3, 30, 22), 0):
         theta, found = gtn.init_learner(architecture, (3, 30, 22)), nas.sizes(architecture, (3, 30, 22))
         with FlopCounterMode(display=False) as counter:
             gtn.logits(theta, torch.zeros(2, 3, 30, 22), architecture)
         assert found["parameters"] == len(theta)
         assert 2 * 2 * found["multiply_adds"] == counter.get_total_flops()  # two images; an add and a multiply
+
+
+def test_architectures_of_a_band():
+    config = gtn.Config(filters=((1, 9), (1, 9)), least_blocks=1, kernels=(1, 3))
+    found = nas.sample_architectures(config, ANY, 60, (1, 8, 8), 3)
+    assert len(set(found)) == 60
+    assert {len(a.filters) for a in found} == {1, 2}
+    assert {a.kernels for a in found} == {(1,), (3,), (1, 1), (1, 3), (3, 1), (3, 3)}
+    within = [a for a in found if 3000 <= nas.sizes(a, (1, 8, 8))["multiply_adds"] <= 6000]
+    assert nas.sample_architectures(config, (3000, 6000), len(within), (1, 8, 8), 3) == within
+    with pytest.raises(gtn.InputError, match="of 5 to 6 multiply-adds, of which 0 were found"):
+        nas.sample_architectures(config, (5, 6), 2, (1, 8, 8), 3)
+
+
+def test_a_score_is_the_best_rate_of_the_mean_over_learners(monkeypatch):
+    teacher, data, *_ = tiny()
+    settings, architecture = {"seed": 4, "config": {"validation_images": 30}}, Architecture((3,), (3,))
+    curriculum, split = teacher(data), gtn.Split(*(x[:30] for x in data.validation))
+    monkeypatch.setattr(gtn, "init_learner", lambda *a, init=gtn.init_learner: init(*a).double())
+    means = []
+    for rate in (0.5, 1, 2):
+        found = []
+        for k in range(2):
+            with gtn.seeded(4, gtn.SHORT_TRAINING, k, *repr(architecture).encode()):
+                theta = gtn.init_learner(architecture, SHAPE)
+            *_, (theta, _) = gtn.unroll(theta, curriculum._replace(lr=rate * curriculum.lr), architecture)
+            found.append(gtn.accuracy(theta, split, architecture, curriculum.images[-1]))
+        means.append(np.mean(found))
+    assert len(set(means)) > 1
+    for source in (curriculum, lambda _: curriculum):
+        assert nas.score(source, architecture, data, settings) == pytest.approx(max(means))
 
 
 def test_truth_is_of_whole_epochs(monkeypatch):
@@ -90,7 +158,9 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
         return 1 - abs(curriculum.lr[0].item() - 0.1) - abs(curriculum.momentum[-1].item() - 0.5)
 
     monkeypatch.setattr(nas, "train_briefly", train_briefly)
-    found = nas.tune_control("widths", teacher.config, data, 0)
+    space = gtn.Config(filters=((1, 9), (1, 9)))
+    found = nas.tune_control(space, teacher.config, data, {"seed": 0, "band": ANY})
+    assert found["seconds"] > 0
     assert (found["lr"], found["momentum"], len(found["grid"]), len({a for _, a in taught})) == (0.1, 0.5, 10, 4)
     for curriculum, _ in taught:
         assert torch.equal(curriculum.images, taught[0][0].images)
@@ -111,7 +181,16 @@ def few(monkeypatch):
 @pytest.fixture
 def teacher(few, tmp_path):
     """A tiny teacher.pt, of a variant that draws a new curriculum for every learner."""
-    settings = ["--set", *TINY, "variant=random", "normalization=batch", "outer_steps=1", "dataset=glyphs", "name=t"]
+    settings = [
+        "--set",
+        *TINY,
+        "variant=random",
+        "kernels=[1,3]",
+        "normalization=batch",
+        "outer_steps=1",
+        "dataset=glyphs",
+        "name=t",
+    ]
     assert gtn.run("gtn.py", gtn.main, ["--device", "cpu", "--runs", str(tmp_path), *settings]) == 0
     return tmp_path / "t-random-s0" / "teacher.pt"
 
@@ -136,22 +215,33 @@ def without_seconds(lines):
 def test_a_search_end_to_end(teacher, few):
     """Every architecture's line is what it measures alone, in another order; picks follow from the lines."""
     assert search(teacher) == 0
-    result = gtn.read(teacher.with_name("nas-widths-s0") / "nas.json")
+    result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
     source, control, lines = gtn.read_teacher(teacher)[0], result["control"], result["architectures"]
     curriculum = nas.control_curriculum(source.config, few, 0, control["lr"], control["momentum"])
-    split = gtn.Split(*(x[:50] for x in few.validation))
     for x in reversed(lines):
-        architecture = Architecture(tuple(x["filters"]), tuple(x["kernels"]), x["pooling"], x["normalization"])
+        architecture = nas.architecture_of(x)
         again = nas.measure(architecture, few, {"teacher": source, "control": curriculum}, result)
         assert without_seconds([x]) == without_seconds([again | {key: x[key] for key in ("filters", "kernels")}])
-        with gtn.seeded(0, gtn.SHORT_TRAINING, *repr(architecture).encode()):
-            *_, (theta, _) = gtn.unroll(gtn.init_learner(architecture, SHAPE), curriculum, architecture)
-        assert x["control"] == gtn.accuracy(theta, split, architecture, curriculum.images[-1])
         assert x["truth"][0] != x["truth"][1]
     test, best = [np.mean([t["test"] for t in x["truth"]]) for x in lines], result["best"]
-    pick = max(range(3), key=lambda i: lines[i]["teacher"])
-    assert best["teacher"] == {"index": pick, "test": pytest.approx(test[pick])}
-    assert best["random"] == {"test": pytest.approx(np.mean(test)), "std": pytest.approx(np.std(test, ddof=1)), "n": 3}
+    for method in ("teacher", "multiply_adds"):
+        pick = max(range(3), key=lambda i: lines[i][method])
+        assert best[method] == {"index": pick, "test": pytest.approx(test[pick])}
+    expected = {"mean": np.mean(test), "std": np.std(test, ddof=1), "best": max(test), "n": 3}
+    assert best["random"] == pytest.approx(expected)
+    seconds, once = result["seconds"], gtn.read(teacher)["seconds"]
+    assert (seconds["teacher"]["once"], seconds["teacher"]["shared"]) == (once, seconds["teacher"]["mean"] + once / 3)
+
+
+def test_where_a_teacher_pays():
+    """It took 100 seconds, and saves 4 seconds an architecture."""
+    line = {"teacher": 0.5, "control": 0.5, "parameters": 1, "multiply_adds": 1}
+    line |= {"truth": [{"validation": 0.5, "test": 0.5}], "seconds": {"teacher": 1.0, "control": 9.0, "truth": 5.0}}
+    settings = {"seed": 0, "teacher_seconds": 100, "control": {"seconds": 10}}
+    seconds = nas.conclude([line] * 4, settings)["seconds"]
+    assert seconds["teacher"] == {"mean": 1.0, "total": 4.0, "once": 100, "shared": 26.0, "pays from": 25}
+    assert seconds["control"]["pays from"] is None  # dearer than full training
+    assert "once" not in nas.conclude([line] * 4, settings | {"teacher_seconds": None})["seconds"]["teacher"]
 
 
 def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monkeypatch, tmp_path):
@@ -208,8 +298,10 @@ def test_refused_input(teacher, capsys, few, tmp_path, monkeypatch):
         assert refused(capsys, f"{name}.pt was trained on other images than this glyphs", tmp_path / f"{name}.pt")
     for flag, least in {"--architectures": 2, "--truth-steps": 1}.items():
         assert refused(capsys, f"{flag} {least - 1}: must be from {least} to", teacher, flag, least - 1)
-    monkeypatch.setitem(nas.SPACES, "widths", ((1, 9), ((1, 3),) * 9, (3,), ("max",)))  # 9 blocks are too deep
-    assert refused(capsys, "--architectures 4: more than --space widths has", teacher, "--architectures", 4)
+    assert refused(capsys, "unknown config 'nosuch': configs.json has quick", teacher, "--space", "nosuch")
+    assert refused(capsys, "of 7 to 8 multiply-adds, of which 0", teacher, "--multiply-adds", 7, 8)
+    for words in (["--multiply-adds", 7], ["--multiply-adds", "x", 8]):
+        assert refused(capsys, "argument --multiply-adds: ", teacher, *words)
     monkeypatch.setattr(gtn, "load_data", lambda *_: few._replace(train=gtn.Split(few.train.images[..., :7], None)))
     assert refused(capsys, "was trained on other images", teacher)
     assert not list(tmp_path.glob("**/nas*"))
@@ -227,6 +319,8 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
         ([teacher], "holds this search: continue it with --resume"),
         ([teacher, "--resume", "--truth-steps", 3], "holds a search with other truth"),
         ([tmp_path / "other.pt", "--resume"], "holds a search with other sha256"),
+        ([teacher, "--resume", "--space", "nas"], "holds a search with other space"),
+        ([teacher, "--resume", "--multiply-adds", 1, 10**9], "holds a search with other band"),
     ]:
         assert refused(capsys, f"{out} {message}", *arguments, "--out", out), arguments
     line, rest = before[log].decode().split("\n", 1)
