@@ -1,6 +1,7 @@
 """What the tests share: a tiny float64 problem, and the real command line with a tiny budget."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,6 +42,35 @@ def tiny(normalization="instance", **changes):
     return teacher, data, theta, architecture, [gtn.sample(data.train, 12) if yes else None for yes in losses]
 
 
+def parts(theta, architecture, image_shape):
+    """theta's parameters, channels where PyTorch has them: convolutions [F, C, K, K], linear [units, C, H, W]."""
+    shapes = [shape for _, shape in gtn.declared_parameters(architecture, image_shape)]
+    found = theta.split([math.prod(shape) for shape in shapes])
+    return [x.view(s).movedim(-1, 1) if len(s) == 4 else x.view(s) for x, s in zip(found, shapes, strict=True)]
+
+
+def as_module(theta, architecture, image_shape):
+    """gtn's learner in plain PyTorch, as it starts at theta."""
+    layers, channels = [], image_shape[0]
+    for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
+        groups = {"layer": 1, "instance": filters}.get(architecture.normalization)
+        norm = nn.GroupNorm(groups, filters) if groups else nn.BatchNorm2d(filters, track_running_stats=False)
+        pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
+        layers += [
+            nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False),
+            pool,
+            norm,
+            nn.LeakyReLU(0.01),
+        ]
+        channels = filters
+    hidden = [nn.LazyLinear(architecture.hidden_units), nn.LeakyReLU(0.01)] if architecture.hidden_units else []
+    module = nn.Sequential(*layers, nn.Flatten(), *hidden, nn.LazyLinear(10)).to(theta)
+    module(theta.new_zeros(2, *image_shape))
+    for parameter, value in zip(module.parameters(), parts(theta, architecture, image_shape), strict=True):
+        parameter.data.copy_(value.reshape(parameter.shape))
+    return module
+
+
 @functools.cache
 def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
     """The first 400 images of each split of a data set."""
@@ -67,12 +98,3 @@ def shell(*arguments, script="gtn.py", **options):
     command = [sys.executable, *map(str, words), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
-
-
-@pytest.fixture
-def mnist():
-    """MNIST on the CPU; the test is skipped where its files are not."""
-    folder = Path(os.environ.get("GTN_DATA", ROOT / "data"))
-    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
-        pytest.skip(f"no MNIST in {folder}: set GTN_DATA to its folder")
-    return gtn.load_data("mnist", str(folder), torch.device("cpu"))

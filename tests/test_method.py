@@ -1,13 +1,13 @@
 """Exact values: meta-gradient, optimizer, learner, teacher, data."""
 
 import dataclasses
+import importlib.util
 
-import numpy as np
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
-from torch import nn
+from conftest import TINY, as_module, parts, tiny
 
 import gtn
 
@@ -110,6 +110,18 @@ def test_flat_equals_the_full_graph(normalization, variant):
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["flat", *["higher"] * bool(importlib.util.find_spec("higher"))])
+def test_what_the_benchmark_times_is_one_meta_gradient(method):
+    config, gradients = gtn.make_config("A", [*TINY, "meta_loss_every=2"]), []
+    for name in ("full graph", method):
+        teacher, step = benchmark.make_step(name, config, torch.device("cpu"), torch.float64)
+        step(0)
+        gradients.append([p.grad for p in teacher.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert expected.norm() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])])
 def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch, every, expected):
     teacher, data, theta, architecture, _ = tiny(meta_loss_every=every)
@@ -138,37 +150,6 @@ def test_an_unroll_is_torch_sgd_on_the_network():
         torch.testing.assert_close(found.detach(), reference.detach(), rtol=0, atol=1e-12)
 
 
-def views(theta, architecture, image_shape):
-    """theta in PyTorch's layout: convolutions [F, C, K, K], linear [units, C * H * W] as nn.Flatten has it."""
-    found, rest, linear = [], theta, (10, architecture.hidden_units)
-    for _, shape in gtn.declared_parameters(architecture, image_shape):
-        part, rest = rest[: np.prod(shape)].view(shape), rest[np.prod(shape) :]
-        layout = part.permute(0, 3, 1, 2) if len(shape) == 4 else part.view(shape[:2] if shape[1:] != (1, 1) else -1)
-        found.append(layout.flatten(1) if shape[0] in linear and len(shape) == 4 else layout)
-    assert not len(rest)
-    return found
-
-
-def as_module(theta, architecture, image_shape):
-    """The same learner in plain PyTorch."""
-    layers, (channels, height, width), units = [], image_shape, architecture.hidden_units
-    for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
-        norm = {
-            "layer": nn.GroupNorm(1, filters),
-            "instance": nn.InstanceNorm2d(filters, affine=True),
-            "batch": nn.BatchNorm2d(filters, track_running_stats=False),
-        }[architecture.normalization]
-        pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
-        layers += [nn.Conv2d(channels, filters, kernel, padding="same", bias=False), pool, norm, nn.LeakyReLU(0.01)]
-        channels, height, width = filters, height // 2, width // 2
-    hidden = [nn.LazyLinear(units), nn.LeakyReLU(0.01)] if units else []
-    module = nn.Sequential(*layers, nn.Flatten(), *hidden, nn.LazyLinear(10))
-    module(torch.zeros(2, *image_shape))
-    for parameter, value in zip(module.double().parameters(), views(theta, architecture, image_shape), strict=True):
-        parameter.data.copy_(value)
-    return module
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("rest", [((4, 6), (3, 3), "max", 0), ((5, 3, 2), (5, 3, 5), "average", 7)])
@@ -186,7 +167,7 @@ def test_initialisation():
     torch.manual_seed(0)
     architecture, image_shape = gtn.Architecture((64, 128), (3, 3), hidden_units=50), (1, 28, 28)
     theta = gtn.init_learner(architecture, image_shape)
-    conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = views(theta, architecture, image_shape)
+    conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = parts(theta, architecture, image_shape)
     assert conv1.var().item() == pytest.approx(2 / 9, rel=0.15)
     assert conv2.var().item() == pytest.approx(2 / (9 * 64), rel=0.02)
     assert scale.eq(1).all()
@@ -237,17 +218,6 @@ def test_a_padded_learner_is_the_learner_without_padding(normalization):
     assert len(seen) > 3
 
 
-@pytest.mark.parametrize(("normalization", "deepest"), [("layer", 4), ("batch", 4), ("instance", 3)])
-def test_too_deep_for_the_image(normalization, deepest):
-    def shapes(blocks):
-        architecture = gtn.Architecture((4,) * blocks, (3,) * blocks, "max", normalization)
-        return [shape for _, shape in gtn.declared_parameters(architecture, (1, 28, 28))]
-
-    assert shapes(deepest)[-2] == (10, 28 // 2**deepest, 28 // 2**deepest, 4)
-    with pytest.raises(gtn.InputError, match=f"{deepest + 1} conv blocks are too deep for images of 28x28"):
-        shapes(deepest + 1)
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_predictions_do_not_depend_on_the_other_images(normalization):
     _, data, theta, architecture, _ = tiny(normalization)
@@ -271,19 +241,6 @@ def test_variants():
         assert learned == expected | {"log_lr", "logit_momentum"}, variant
         if variant != "real":
             assert first.labels[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-
-
-@pytest.mark.parametrize("flat", [False, True])
-def test_every_variant_takes_outer_steps(flat):
-    for variant in gtn.VARIANTS:
-        teacher, data, *_ = tiny(variant=variant, outer_steps=3, flat=flat)
-        optimizer = torch.optim.Adam(teacher.parameters())
-        before = {name: p.clone() for name, p in teacher.named_parameters()}
-        for step in range(2):
-            meta_loss, norm, _ = gtn.outer_step(teacher, optimizer, data, step)
-            assert 0 < meta_loss < 20
-            assert norm > 0
-        assert all((p != before[name]).any() for name, p in teacher.named_parameters()), variant
 
 
 def test_learners_of_an_outer_step_are_averaged():
@@ -417,14 +374,6 @@ def test_evaluation_by_hand(normalization, order):
     assert gtn.evaluate(teacher, data, data.test, 1, "transductive")["accuracies"] == pytest.approx([leaking])
 
 
-def test_summary_by_hand():
-    figures = gtn.summary([0.5, 0.7, 0.9])
-    assert (figures["mean"], figures["std"], figures["n"]) == (pytest.approx(0.7), pytest.approx(0.2), 3)
-    assert gtn.in_words(figures) == "0.700 +- 0.200 (3 fresh learners)"
-    assert gtn.summary([0.5])["std"] is None
-    assert gtn.summary([[0.1, 0.2], [0.3, 0.2]])["mean"] == pytest.approx([0.2, 0.2])
-
-
 def test_glyphs(monkeypatch):
     drawn, draw = [], gtn.draw_glyphs
     monkeypatch.setattr(gtn, "draw_glyphs", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments))
@@ -438,10 +387,3 @@ def test_glyphs(monkeypatch):
         assert split.labels.bincount().tolist() == [len(split.labels) // 10] * 10
     assert data.train.images.mean().item() == pytest.approx(0, abs=1e-3)
     assert data.train.images.std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_mnist(mnist):
-    assert [tuple(split.images.shape) for split in mnist[:3]] == [(n, 1, 28, 28) for n in (50_000, 10_000, 10_000)]
-    assert mnist.mean.item() == pytest.approx(0.1307, abs=1e-3)
-    assert mnist.std.item() == pytest.approx(0.3081, abs=1e-3)
-    assert mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
