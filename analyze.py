@@ -127,8 +127,9 @@ def next_command(run):
     step, path = run.log.get("step", 0), shlex.quote(str(run.folder / "teacher.pt"))
     if run.log and step < run.config.outer_steps:
         return f"{run.folder}: {step:,} of {run.config.outer_steps:,} outer steps: {run.command} --resume"
-    if run.evaluation.get("step", -1) < step or (run.teacher and "every step" not in run.evaluation):
-        return f"{run.folder}: no whole evaluation.json: python gtn.py --evaluate {path}"
+    if run.teacher and (run.evaluation.get("step", -1) < step or "every step" not in run.evaluation):
+        data = "".join(re.findall(r" --data[ =]\S+", run.command))
+        return f"{run.folder}: no whole evaluation.json: python gtn.py --evaluate {path}{data}"
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -276,13 +277,8 @@ def draw_training(kinds, config):
         axes.set(ylabel=name)
         logarithmic(axes, axes.yaxis)
     panels[1].set(xlabel="outer steps")
-    caption = (
-        "1 - validation accuracy, each teacher's learners in its own order, and meta-loss: dots as logged, lines a "
-    )
-    caption += (
-        "running mean of the logarithm over a twentieth of them, averaged over seeds; bands: one standard deviation "
-    )
-    return figure, caption + "over seeds."
+    caption = "1 - validation accuracy, of learners in the teacher's own order, and meta-loss. Dots: as logged; lines: "
+    return figure, caption + "running mean of the logarithm, over seeds; bands: one standard deviation over seeds."
 
 
 def draw_orders(kinds, config):
