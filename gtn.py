@@ -239,8 +239,7 @@ class Teacher(nn.Module):
 # ----------------------------------------------------------------------------------------- learner
 
 
-# what distinguishes one learner's network from another's: of each conv block the number of filters and the size of its
-# kernel, odd; max or average pooling; normalisation; units of a layer before the logits, 0 for none
+# a learner's network: filters and odd kernel size of each conv block, ...; units of a layer before the logits, or 0
 names = "filters kernels pooling normalization hidden_units"
 Architecture = namedtuple("Architecture", names, defaults=("max", "instance", 0))
 
@@ -790,9 +789,10 @@ def choose_device(name):
 
 def run(program, command, arguments):
     """Exit status of command(arguments), alone or as one of torchrun's ranks; what a user can mend ends in one line."""
-    with contextlib.suppress(OSError, ValueError):  # less memory allowed already
+    with contextlib.suppress(OSError, ValueError):  # no Linux, or less memory allowed already
         if not torch.cuda.is_available():  # what cannot fit fails at once
-            resource.setrlimit(resource.RLIMIT_DATA, (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), -1))
+            free = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]
+            resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(free), -1))
     try:
         if WORLD > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -74,6 +74,7 @@ def start(tmp_path, steps, *more):
     arguments += ["--set", *TINY, "test_learners=1", "order=batch-shuffled"]
     command = [sys.executable, str(ROOT / "gtn.py"), *map(str, arguments)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # faster for networks as small as these
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in the background
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
 
 

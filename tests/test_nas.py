@@ -75,12 +75,9 @@ def test_the_ceiling_differences_and_what_is_undefined():
     found = nas.correlations(with_sizes(teacher=a, rival=b, same=[7] * 5), [a, b], 0)
     assert found["ceiling"]["spearman"]["all"]["value"] == pytest.approx(0.8)
     assert found["corrected"]["spearman"]["all"]["value"] == pytest.approx(math.sqrt(2 * 0.8 / 1.8))
-    truth = np.mean([a, b], 0)
-    difference = found["rival"]["kendall"]["all"]["teacher minus this"]
-    one = np.ones((1, 5))
-    assert difference["value"] == pytest.approx(
-        nas.kendall(np.array(a), truth, one)[0] - nas.kendall(np.array(b), truth, one)[0]
-    )
+    truth, one = np.mean([a, b], 0), np.ones((1, 5))
+    difference = found["rival"]["kendall"]["all"]["teacher minus this"]["value"]
+    assert difference == pytest.approx((nas.kendall(np.array(a), truth, one) - nas.kendall(np.array(b), truth, one))[0])
     assert set(found["teacher"]["spearman"]["all"]["teacher minus this"].values()) == {0.0}  # paired: not a spread
     nothing = {"value": None, "low": None, "high": None}
     nothing = nothing | {"teacher minus this": nothing}
