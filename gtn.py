@@ -51,7 +51,7 @@ ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}  # torchvision's
 CHOICES = {"variant": VARIANTS, "order": ORDERS, "dataset": (*DATASETS, "glyphs")}
 CHOICES |= {"normalization": ("layer", "instance", "batch"), "kernels": (1, 3, 5, 7), "pooling": ("max", "average")}
-LEAST = {"seed": 0, "least_blocks": 0, "hidden_units": 0, "batch_size": 2, "inner_lr": 1e-9}  # else 1, or 0.0
+LEAST = {"seed": 0, "least_blocks": 0, "hidden_units": 0, "batch_size": 2, "inner_lr": 1e-9}  # else 1; of floats 0
 MOST = {"seed": 2**31 - 1, "outer_steps": 10**7, "momentum": 0.9999, "outer_beta1": 0.9999, "outer_beta2": 0.9999}
 
 
