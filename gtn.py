@@ -20,7 +20,6 @@ import math
 import os
 import re
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -240,8 +239,7 @@ class Teacher(nn.Module):
 
 
 # a learner's network: filters and odd kernel size of each conv block, ...; units of a layer before the logits, or 0
-names = "filters kernels pooling normalization hidden_units"
-Architecture = namedtuple("Architecture", names, defaults=("max", "instance", 0))
+Architecture = namedtuple("Architecture", "filters kernels pooling normalization hidden_units")
 
 
 def network(x, architecture, parameter, reference=None):
@@ -327,7 +325,6 @@ def sample_architecture(config, widest=False):
 
 
 # ------------------------------------------------------------------- inner loop and meta-gradient
-#
 #   theta_t  learner's parameters after t inner steps     alpha_t   inner learning rate, mu_t momentum
 #   v_t      velocity                                     lambda_t  adjoint: dL/d(theta_t, v_t)
 #   g_t      gradient of the loss on synthetic batch t    phi       all that the teacher learns
@@ -614,8 +611,8 @@ def locked(folder):
         os.close(handle)
 
 
-def read_teacher(path, device="cpu"):
-    """The Teacher of a teacher.pt and the file's content, `curriculum` as a Curriculum, on the device."""
+def read_teacher(path, device="cpu", data=None):
+    """The Teacher of a .pt file, for images like `data`, and the file's content, with its Curriculum on the device."""
     content = read(path)
     with reading(path):
         config, curriculum = Config(**content["config"]), Curriculum(**content["curriculum"])
@@ -630,18 +627,20 @@ def read_teacher(path, device="cpu"):
         if not good or tuple(tuple(x.shape) for x in tensors) != shapes:
             raise ValueError("step, or a tensor's numbers, type or shape, is not what its config asks for")
         F.one_hot(curriculum.labels, CLASSES)  # raises where these are no labels
+    gaps = [(content[key] - getattr(data, key).cpu()).abs().max() for key in ("mean", "std")] if data else [0]
+    if max(gaps) > 1e-3 or (data and data.train.images.shape[1:] != image_shape):
+        raise InputError(f"{path} was trained on other images than this {config.dataset}: see --data")
     return teacher.to(device), content | {"curriculum": Curriculum(*(x.to(device) for x in curriculum))}
 
 
 def environment(device):
     """Where a result comes from: device, versions, CPU threads, command, git commit ("-dirty" if changed, or None)."""
-    git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], None
-    with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    git = "git describe --always --dirty --abbrev=40 '--exclude=*'"
+    told = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     cpu = f"{os.uname().machine} CPU, {torch.backends.cpu.get_cpu_capability()}"
     where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "ranks": WORLD}
     where |= {"python": sys.version.split()[0], "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    return where | {"command": shlex.join(["python", *sys.argv]), "commit": commit}
+    return where | {"command": subprocess.list2cmdline(["python", *sys.argv]), "commit": told.stdout.strip() or None}
 
 
 # ---------------------------------------------------------------------------------------- programs
@@ -651,9 +650,6 @@ def begin(config, data, folder, resume):
     """A new run, or the one in the folder: (teacher, optimizer, outer step, log)."""
     image_shape, path = data.train.images.shape[1:], folder / "checkpoint.pt"
     declared_parameters(sample_architecture(config, widest=True), image_shape)  # raises where they are too deep
-    with seeded(config.seed, TEACHER):
-        teacher = Teacher(config, image_shape).to(data.mean.device)
-    optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
     if RANK == 0 and (folder / "config.json").exists():
         with reading(folder / "config.json"):
             ours, theirs = vars(config), vars(Config(**read(folder / "config.json")["config"]))
@@ -661,12 +657,13 @@ def begin(config, data, folder, resume):
         if other or not resume:
             run = f"a run with {other}" if other else "this run: continue it with --resume"
             raise InputError(f"{folder} holds {run}; or choose another --runs, or --set name=NAME")
-    if not path.exists():
-        return teacher, optimizer, 0, []
-    content = read(path)
+    with seeded(config.seed, TEACHER):
+        teacher, content = Teacher(config, image_shape).to(data.mean.device), {"step": 0, "log": []}
+    if path.exists():
+        teacher, content = read_teacher(path, data.mean.device, data)
+    optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
     with reading(path):
-        teacher.load_state_dict(content["teacher"])
-        optimizer.load_state_dict(content["optimizer"])
+        optimizer.load_state_dict(content.get("optimizer", optimizer.state_dict()))
         return teacher, optimizer, range(config.outer_steps + 1)[content["step"]], list(content["log"])
 
 
@@ -674,11 +671,12 @@ def save(folder, teacher, optimizer, data, step, log):
     """Write teacher.pt, log.jsonl and checkpoint.pt; of a teacher that draws a new curriculum for every learner one."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = {key: x.cpu().clone() for key, x in teacher(data)._asdict().items()}
-    common = {"config": dataclasses.asdict(teacher.config), "step": step, "seconds": log[-1]["seconds"]}
-    common |= {"teacher": {key: x.cpu() for key, x in teacher.state_dict().items()}}
-    write(folder / "teacher.pt", common | {"curriculum": curriculum, "mean": data.mean.cpu(), "std": data.std.cpu()})
+    content = {"config": dataclasses.asdict(teacher.config), "step": step, "seconds": log[-1]["seconds"]}
+    content |= {"teacher": {key: x.cpu() for key, x in teacher.state_dict().items()}}
+    content |= {"curriculum": curriculum, "mean": data.mean.cpu(), "std": data.std.cpu()}
+    write(folder / "teacher.pt", content)
     write(folder / "log.jsonl", log)
-    write(folder / "checkpoint.pt", common | {"optimizer": optimizer.state_dict(), "log": log})
+    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
 
 
 def train(config, data, folder, resume=False, stop_after=None):
@@ -726,7 +724,7 @@ def train(config, data, folder, resume=False, stop_after=None):
 
 def evaluate_file(path, learners, data, device, resume):
     """--evaluate: print test accuracies of fresh learners, keep them in evaluation.json; `resume`: what is missing."""
-    teacher, content = read_teacher(path, device)
+    teacher, content = read_teacher(path, device, data)
     output, done, few = path.with_name("evaluation.json"), {}, 1 + learners // 10
     if resume and output.exists() and (old := read(output)).get("step") == content["step"]:
         with reading(output):
@@ -809,6 +807,8 @@ def run(program, command, arguments):
     except KeyboardInterrupt:
         line, status = "interrupted: the same command with --resume continues at the last checkpoint", 130
     print(f"{program}: {line}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own, longer report then ends with the line
+        write(Path(report), {"message": line})
     return status
 
 

@@ -299,14 +299,10 @@ def begin(folder, settings, resume, space, config, data):
 
 def search(args, device):
     """All of it, alone or as one of torchrun's ranks; the folder gets search.json, nas.jsonl, at the end nas.json."""
-    teacher, content = gtn.read_teacher(args.teacher, device)
+    data = gtn.load_data(gtn.read_teacher(args.teacher)[0].config.dataset, args.data, device)
+    teacher, content = gtn.read_teacher(args.teacher, device, data)
     config, curriculum, seed = teacher.config, content["curriculum"], args.seed
-    space = gtn.make_config(args.space) if args.space else config
-    data = gtn.load_data(config.dataset, args.data, device)
-    theirs, ours = torch.cat([content["mean"], content["std"]]).to(data.mean), torch.cat([data.mean, data.std])
-    shape = data.train.images.shape[1:]
-    if curriculum.images.shape[2:] != shape or not torch.allclose(theirs, ours, rtol=0, atol=1e-3):
-        raise gtn.InputError(f"{args.teacher} was trained on other images than this {config.dataset}: see --data")
+    space, shape = gtn.make_config(args.space) if args.space else config, data.train.images.shape[1:]
     architectures = sample_architectures(space, args.multiply_adds, args.architectures, shape, seed, gtn.ARCHITECTURES)
     settings = {"teacher": str(args.teacher), "sha256": hashlib.sha256(args.teacher.read_bytes()).hexdigest()}
     settings |= {"teacher_seconds": content.get("seconds"), "config": vars(config), "seed": seed}

@@ -158,22 +158,21 @@ def damages(content, tmp_path):
     yield "no dict", packed([1, 2])
     yield "hostile pickle", pickle.dumps({"format": 1, "teacher": Hostile(tmp_path / "executed")})
     yield "hostile torch file", packed({"format": 1, "teacher": Hostile(tmp_path / "executed")})
-    for key in ("step", "teacher", "config" if "curriculum" in loaded else "log"):
+    resumable = "optimizer" in loaded
+    for key in ("step", "teacher", "config", "mean", *["log"] * resumable):
         yield f"without {key}", packed({k: v for k, v in loaded.items() if k != key})
     for value in (torch.zeros(7), "hello"):
         yield "another log_lr", packed(loaded | {"teacher": loaded["teacher"] | {"log_lr": value}})
-    if "curriculum" not in loaded:
-        for step in (-9, 2.5, 10**9, "1"):
-            yield f"step {step}", packed(loaded | {"step": step})
-        return
+    for step in (2.5, "1", *[-9, 10**9] * resumable):
+        yield f"step {step}", packed(loaded | {"step": step})
     sizes = {"hidden_size": 2 * 10**9, "latent_size": 10**7, "inner_steps": 10**5, "filters": "many", "nosuch": 1}
     for key, value in sizes.items():
         yield f"{key}={value}", packed(loaded | {"config": loaded["config"] | {key: value}})
     nan, curriculum = torch.tensor(torch.nan), loaded["curriculum"]
     for name, x in loaded["teacher"].items():
         yield f"nan {name}", packed(loaded | {"teacher": loaded["teacher"] | {name: x * nan}})
-    yield "another mean", packed(loaded | {"mean": torch.ones(2)})
-    yield "a std of nan", packed(loaded | {"std": nan.repeat(1)})
+    for x in (torch.ones(2), nan.repeat(1), 0.002 + loaded["std"]):  # the last: of other images
+        yield f"std {x}", packed(loaded | {"std": x})
     images, labels = curriculum["images"], curriculum["labels"]
     changes = [("images", x) for x in (images.double(), images.long(), images.cfloat(), images[..., :27], images * nan)]
     changes += [("labels", x) for x in (labels - 1, labels + 5, labels.float(), labels[:2])]

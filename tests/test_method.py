@@ -165,7 +165,7 @@ def test_learner_is_the_network_it_says(normalization, channels, rest):
 
 def test_initialisation():
     torch.manual_seed(0)
-    architecture, image_shape = gtn.Architecture((64, 128), (3, 3), hidden_units=50), (1, 28, 28)
+    architecture, image_shape = gtn.Architecture((64, 128), (3, 3), "max", "instance", 50), (1, 28, 28)
     theta = gtn.init_learner(architecture, image_shape)
     conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = parts(theta, architecture, image_shape)
     assert conv1.var().item() == pytest.approx(2 / 9, rel=0.15)
@@ -181,7 +181,7 @@ def test_sampled_learners_are_of_their_size():
     first, second = zip(*(gtn.sample_architecture(config).filters for _ in range(600)), strict=True)
     assert (min(first), max(first), min(second), max(second)) == (32, 63, 64, 127)  # both ends included
     assert gtn.sample_architecture(config, widest=True).filters == (63, 127)
-    count = len(gtn.init_learner(gtn.Architecture((5, 7), (3, 3)), (1, 28, 28)))
+    count = len(gtn.init_learner(gtn.Architecture((5, 7), (3, 3), "max", "instance", 0), (1, 28, 28)))
     assert count == (9 * 5 + 2 * 5) + (9 * 5 * 7 + 2 * 7) + (10 * 49 * 7 + 10)
 
 

@@ -87,7 +87,7 @@ def test_the_ceiling_differences_and_what_is_undefined():
 
 
 def test_sizes_by_hand_and_of_a_real_forward():
-    found = nas.sizes(Architecture((2, 3), (3, 5)), (1, 28, 28))
+    found = nas.sizes(Architecture((2, 3), (3, 5), "max", "instance", 0), (1, 28, 28))
     assert found["parameters"] == (2 * 9 + 2 + 2) + (3 * 2 * 25 + 3 + 3) + (10 * 3 * 49 + 10)
     assert found["multiply_adds"] == 2 * 9 * 784 + 3 * 2 * 25 * 196 + 10 * 3 * 49
     several = gtn.Config(filters=((4, 30),) * 3, least_blocks=1, kernels=(3, 5), pooling=("max", "average"))
@@ -113,9 +113,9 @@ def test_architectures_of_a_band():
 
 def test_a_score_is_the_best_rate_of_the_mean_over_learners():
     teacher, data, *_ = tiny()
-    settings, architecture = {"seed": 4, "config": {"validation_images": 30}}, Architecture((3,), (3,))
+    architecture = Architecture((3,), (3,), "max", "instance", 0)
+    settings, means = {"seed": 4, "config": {"validation_images": 30}}, []
     curriculum, split = teacher(data), gtn.Split(*(x[:30] for x in data.validation))
-    means = []
     for rate in (0.5, 1, 2):
         found = []
         for k in range(2):
@@ -133,7 +133,7 @@ def test_truth_is_of_whole_epochs(monkeypatch):
     """60 images, batches of 20: every three steps all images once, until the network knows them."""
     _, data, *_ = tiny()
     data = data._replace(validation=data.train, test=gtn.Split(*(x[:31] for x in data.train)))
-    logits, seen, architecture = gtn.logits, [], Architecture((9, 9), (3, 3), normalization="batch")
+    logits, seen, architecture = gtn.logits, [], Architecture((9, 9), (3, 3), "max", "batch", 0)
     monkeypatch.setattr(nas, "BATCH", 20)
     monkeypatch.setattr(gtn, "logits", lambda *arguments: (seen.append(arguments), logits(*arguments))[1])
     found = nas.train_fully(architecture, data, 90, 0, 1)
