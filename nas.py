@@ -7,8 +7,8 @@ measures what the ranking is worth: its rank correlation with the truth, beside 
     python nas.py TEACHER.pt --resume                   # 64 architectures, those 16 among them
     torchrun --nproc-per-node 2 nas.py TEACHER.pt       # the same result, architectures shared out among processes
 
-  teacher     validation accuracy of fresh learners after the T inner steps of the teacher's curriculum
-  control     the same, from the same theta_0, on T real batches (one set for all architectures) at tuned rates
+  teacher     validation accuracy of fresh learners after three passes over the teacher's curriculum of T inner steps
+  control     the same, from the same theta_0, on 3 T real batches (one set for all architectures) at tuned rates
   parameters  of the learner; multiply_adds: of its network, for one image
   truth       validation accuracy after full training, the mean over `--repeats` seeds
   ceiling     one full training against another; corrected: what a method without noise would reach against their mean
@@ -66,25 +66,25 @@ def sample_architectures(config, band, count, image_shape, *key):
 
 BATCH, PEAK_LR, DECAY = 64, 0.02, 0.01
 RECIPE = f"AdamW, one-cycle learning rate up to {PEAK_LR}, weight decay {DECAY}, batches of {BATCH}"
-LEARNERS, RATES = 2, (0.5, 1, 2)  # teacher and control try each multiple of their learning rates on so many learners
+PASSES, LEARNERS, RATES = 3, 2, (1, 2)  # of a score, the mean over learners at multiples of the learning rates
 
 
 def train_briefly(source, architecture, data, settings, rate=1, k=0):
-    """Validation accuracy of learner k after T inner steps, whose randomness is of seed, k and architecture alone."""
+    """Validation accuracy of learner k after PASSES x T inner steps; its randomness: seed, k and architecture alone."""
     with gtn.seeded(settings["seed"], gtn.SHORT_TRAINING, k, *repr(architecture).encode()), torch.no_grad():
         theta = gtn.init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
-        curriculum = source(data) if callable(source) else source  # drawn for every learner
+        curriculum = source
+        if callable(source):  # a teacher, whose order is drawn for every learner
+            curriculum = gtn.Curriculum(*(torch.cat([x] * PASSES) for x in source(data)))
     *_, (theta, _) = gtn.unroll(theta, curriculum._replace(lr=rate * curriculum.lr), architecture)
     split = gtn.Split(*(x[: settings["config"]["validation_images"]] for x in data.validation))
     return gtn.accuracy(theta, split, architecture, curriculum.images[-1])
 
 
 def score(source, architecture, data, settings):
-    """Mean accuracy of LEARNERS after the T inner steps, at the best of RATES."""
-    return max(
-        float(np.mean([train_briefly(source, architecture, data, settings, rate, k) for k in range(LEARNERS)]))
-        for rate in RATES
-    )
+    """Mean accuracy of LEARNERS at each of RATES: that an architecture trains at both says more than the better one."""
+    pairs = itertools.product(RATES, range(LEARNERS))
+    return float(np.mean([train_briefly(source, architecture, data, settings, rate, k) for rate, k in pairs]))
 
 
 def train_fully(architecture, data, steps, seed, repeat):
@@ -105,10 +105,11 @@ def train_fully(architecture, data, steps, seed, repeat):
 
 
 def control_curriculum(config, data, seed, lr, momentum):
-    """Real batches, as many and as large as the teacher's, which the seed alone fixes."""
+    """Real batches, as large as the teacher's, for as many steps, all different; the seed alone fixes them."""
+    steps = PASSES * config.inner_steps
     with gtn.seeded(seed, gtn.SHORT_TRAINING):
-        batches = gtn.sample(data.train, config.inner_steps, config.batch_size)
-    return gtn.Curriculum(*batches, *(data.mean.new_full((config.inner_steps,), x) for x in (lr, momentum)))
+        batches = gtn.sample(data.train, steps, config.batch_size)
+    return gtn.Curriculum(*batches, *(data.mean.new_full((steps,), x) for x in (lr, momentum)))
 
 
 def tune_control(space, config, data, settings):
@@ -308,7 +309,10 @@ def search(args, device):
     settings |= {"teacher_seconds": content.get("seconds"), "config": vars(config), "seed": seed}
     fields = "name", "filters", "least_blocks", "kernels", "pooling", "normalization", "hidden_units"
     settings |= {"space": {key: getattr(space, key) for key in fields}, "band": args.multiply_adds}
-    settings |= {"score": {"learners": LEARNERS, "rates": RATES}, "environment": gtn.environment(device)}
+    settings |= {
+        "score": {"passes": PASSES, "learners": LEARNERS, "rates": RATES},
+        "environment": gtn.environment(device),
+    }
     settings |= {"truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE}}
     settings = json.loads(json.dumps(settings))  # as it is read again
     folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{seed}")
