@@ -309,11 +309,9 @@ def search(args, device):
     settings |= {"teacher_seconds": content.get("seconds"), "config": vars(config), "seed": seed}
     fields = "name", "filters", "least_blocks", "kernels", "pooling", "normalization", "hidden_units"
     settings |= {"space": {key: getattr(space, key) for key in fields}, "band": args.multiply_adds}
-    settings |= {
-        "score": {"passes": PASSES, "learners": LEARNERS, "rates": RATES},
-        "environment": gtn.environment(device),
-    }
+    settings |= {"score": {"passes": PASSES, "learners": LEARNERS, "rates": RATES}}
     settings |= {"truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE}}
+    settings |= {"environment": gtn.environment(device)}
     settings = json.loads(json.dumps(settings))  # as it is read again
     folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{seed}")
     with gtn.locked(folder) if gtn.RANK == 0 else contextlib.nullcontext():
