@@ -238,7 +238,7 @@ class Teacher(nn.Module):
 # ----------------------------------------------------------------------------------------- learner
 
 
-# a learner's network: filters and odd kernel size of each conv block, ...; units of a layer before the logits, or 0
+# a learner's network: filters and (odd) kernel size per conv block; units of a layer before the logits, 0 for none
 Architecture = namedtuple("Architecture", "filters kernels pooling normalization hidden_units")
 
 
@@ -612,7 +612,7 @@ def locked(folder):
 
 
 def read_teacher(path, device="cpu", data=None):
-    """The Teacher of a .pt file, for images like `data`, and the file's content, with its Curriculum on the device."""
+    """The Teacher of a .pt and its content, the Curriculum on the device; InputError if of other images than `data`."""
     content = read(path)
     with reading(path):
         config, curriculum = Config(**content["config"]), Curriculum(**content["curriculum"])
