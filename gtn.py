@@ -4,8 +4,7 @@ A teacher makes synthetic images; a freshly initialised learner trains on them f
 loss on real data is differentiated through all of that training, and the teacher follows this meta-gradient (the outer
 step). The file reads in that order; files and the command line come last.
 
-    python gtn.py           # embedded glyphs, no download: a minute or two on two CPU cores
-    python gtn.py --help    # every flag and setting
+    python gtn.py           # embedded glyphs, no download: a minute or two on two CPU cores; --help: every setting
 """
 
 import argparse
@@ -802,6 +801,7 @@ def run(program, command, arguments):
         line, status = f"error: {error}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
+            time.sleep(5 * bool(RANK))  # where rank 0 has ended, torchrun ends this rank before it complains
             raise
         line, status = "error: out of memory: choose smaller sizes, batch_size and meta_batch_size first, or flat", 2
     except KeyboardInterrupt:
@@ -826,16 +826,16 @@ def main(arguments=None):
     add("--resume", action="store_true", help="continue the run in its folder; skip what --evaluate has done")
     add("--stop-after", type=int, help="stop with a checkpoint after this many outer steps in all")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="measure a teacher on fresh learners, train none")
-    add("--learners", type=int, default=100, help="fresh learners of --evaluate (default: 100)")
+    add("--learners", type=int, help="fresh learners of the test (default: test_learners; of --evaluate 100)")
     args = parser.parse_args(arguments)
-    if args.learners < 1 or (args.stop_after is not None and args.stop_after < 1):
+    if any(x is not None and x < 1 for x in (args.learners, args.stop_after)):
         parser.error("--learners, --stop-after: must be at least 1")
     device = choose_device(args.device)
     if args.evaluate:
         if args.set or {args.variant, args.seed, args.outer_steps, args.stop_after} != {None}:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
-        return evaluate_file(args.evaluate, args.learners, data, device, args.resume)
+        return evaluate_file(args.evaluate, args.learners or 100, data, device, args.resume)
     config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
     folder = args.runs / f"{config.name}-{config.kind}-s{config.seed}"
     data = load_data(config.dataset, args.data, device)
@@ -843,7 +843,7 @@ def main(arguments=None):
     if RANK == 0:
         print(f"{folder}: {steps} of {config.outer_steps} outer steps")
     if RANK == 0 and steps == config.outer_steps:
-        evaluate_file(folder / "teacher.pt", config.test_learners, data, device, resume=True)
+        evaluate_file(folder / "teacher.pt", args.learners or config.test_learners, data, device, resume=True)
 
 
 if __name__ == "__main__":
