@@ -470,11 +470,12 @@ def search_blocks(path):
 def main(arguments):
     """The command line of analyze.py; it exits with status 1 where a damaged file was skipped."""
     parser = argparse.ArgumentParser(prog="analyze.py", description="Draw whatever gtn.py and nas.py have left.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--runs", help="folder of the runs (default: runs)")
     parser.add_argument("--out", type=Path, help="folder to write (default: figures in that of the runs)")
     args, damaged = parser.parse_args(arguments), []
-    out = args.out or args.runs / "figures"
-    found = [attempt(damaged, path, read_run, damaged) for path in sorted(args.runs.rglob("config.json"))]
+    runs = Path(args.runs or "runs")
+    out = args.out or runs / "figures"
+    found = [attempt(damaged, path, read_run, damaged) for path in sorted(runs.rglob("config.json"))]
     groups, remarks = group_runs([run for run in found if run])
     made = f"Made by `{shlex.join(['python', 'analyze.py', *arguments])}`; mean +- standard deviation of n learners."
     tables = result_table(groups), order_table(groups)
@@ -482,10 +483,10 @@ def main(arguments):
     matplotlib.rcParams.update(STYLE)
     for name, kinds in groups.items():
         blocks += run_blocks(name, kinds)
-    for path in sorted(args.runs.rglob("nas.json")):
+    for path in sorted(runs.rglob("nas.json")):
         blocks += attempt(damaged, path, search_blocks)
     if not (pictures := sum(kind == "img" for kind, *_ in blocks)):
-        raise gtn.InputError(f"nothing to draw in {args.runs}: make a run with python gtn.py, or name another --runs")
+        raise gtn.InputError(f"nothing to draw in {runs}: make a run with python gtn.py, or name another --runs")
     write_pages(out, blocks)
     remarks += filter(None, [next_command(run) for run in found if run])
     print("\n".join([*remarks, f"{pictures} figures; open {out / 'report.html'}"]))

@@ -622,8 +622,8 @@ def read_teacher(path, device="cpu", data=None):
         tensors = *curriculum, content["mean"], content["std"]
         shapes = (T, B, *image_shape), (T, B), (T,), (T,), image_shape[:1], image_shape[:1]
         numbers = [x for x in (*teacher.state_dict().values(), *tensors) if x is not curriculum.labels]
-        good = all(x.dtype == torch.float32 and x.isfinite().all() for x in numbers) and type(content["step"]) is int
-        if not good or tuple(tuple(x.shape) for x in tensors) != shapes:
+        good = content["step"] in range(config.outer_steps + 1) and [tuple(x.shape) for x in tensors] == [*shapes]
+        if not good or not all(x.dtype == torch.float32 and x.isfinite().all() for x in numbers):
             raise ValueError("step, or a tensor's numbers, type or shape, is not what its config asks for")
         F.one_hot(curriculum.labels, CLASSES)  # raises where these are no labels
     gaps = [(content[key] - getattr(data, key).cpu()).abs().max() for key in ("mean", "std")] if data else [0]
@@ -663,7 +663,7 @@ def begin(config, data, folder, resume):
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
     with reading(path):
         optimizer.load_state_dict(content.get("optimizer", optimizer.state_dict()))
-        return teacher, optimizer, range(config.outer_steps + 1)[content["step"]], list(content["log"])
+        return teacher, optimizer, content["step"], list(content["log"])
 
 
 def save(folder, teacher, optimizer, data, step, log):
@@ -822,7 +822,7 @@ def main(arguments=None):
     add("--seed", type=int, help="fixes everything on a CPU")
     add("--outer-steps", type=int, help="outer steps planned: the length of the schedule")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings: JSON or a word")
-    add("--runs", type=Path, default=Path("runs"), help="folder of the run folders (default: runs)")
+    add("--runs", help="folder of the run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in its folder; skip what --evaluate has done")
     add("--stop-after", type=int, help="stop with a checkpoint after this many outer steps in all")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="measure a teacher on fresh learners, train none")
@@ -837,7 +837,7 @@ def main(arguments=None):
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
         return evaluate_file(args.evaluate, args.learners or 100, data, device, args.resume)
     config = make_config(args.config, args.set, variant=args.variant, seed=args.seed, outer_steps=args.outer_steps)
-    folder = args.runs / f"{config.name}-{config.kind}-s{config.seed}"
+    folder = Path(args.runs or "runs") / f"{config.name}-{config.kind}-s{config.seed}"
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
     if RANK == 0:

@@ -13,11 +13,11 @@ import gtn
 
 
 def test_a_run_end_to_end(tmp_path):
-    flags = ["--outer-steps", 3, "--runs", tmp_path, "--seed", 7, "--device", "cpu", "--learners", 4]
+    flags = ["--outer-steps", 3, "--runs", "", "--seed", 7, "--device", "cpu", "--learners", 4]
     result = shell(*flags, "--set", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    folder = tmp_path / "quick-learned-s7"
-    assert f"{folder}: 3 of 3 outer steps" in result.stdout
+    folder = tmp_path / "runs" / "quick-learned-s7"
+    assert f"runs/{folder.name}: 3 of 3 outer steps" in result.stdout
     assert re.search(r"training +all-shuffled +0\.\d+ \+- 0\.\d+ \(4 fresh learners\)", result.stdout)
     assert "validation 0." in result.stderr
     files = ["checkpoint.pt", "config.json", "evaluation.json", "log.jsonl", "teacher.pt"]

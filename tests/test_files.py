@@ -164,7 +164,7 @@ def damages(content, tmp_path):
         yield f"without {key}", packed({k: v for k, v in loaded.items() if k != key})
     for value in (torch.zeros(7), "hello"):
         yield "another log_lr", packed(loaded | {"teacher": loaded["teacher"] | {"log_lr": value}})
-    for step in (2.5, "1", *[-9, 10**9] * resumable):
+    for step in (2.5, "1", -1, 4, 10**9):
         yield f"step {step}", packed(loaded | {"step": step})
     sizes = {"hidden_size": 2 * 10**9, "latent_size": 10**7, "inner_steps": 10**5, "filters": "many", "nosuch": 1}
     for key, value in sizes.items():
