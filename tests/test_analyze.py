@@ -88,7 +88,7 @@ def test_training_and_rates(tmp_path):
 
 
 def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
-    budget = {"name": "A", "dataset": "mnist", "inner_steps": 20, "batch_size": 32}
+    budget = {"name": "A", "dataset": "mnist", "inner_steps": 20, "batch_size": 32, "outer_steps": 5000}
     make_run(tmp_path, **budget)
     make_run(tmp_path, 1, **budget)
     make_run(tmp_path, variant="real", **budget)
@@ -103,14 +103,14 @@ def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
     curve, *marks = analyze.draw_steps(*read(tmp_path))[0].axes[0].lines
     np.testing.assert_allclose(curve.get_xydata(), [(1 + t, 0.2 * t) for t in range(20)])
     assert [x.get_xydata().tolist() for x in marks if x.get_marker() == "s"] == [[[20, 0.973]], []]
-    for changes in ({"dataset": "kmnist"}, {"inner_steps": 10, "batch_size": 12}):
+    for changes in ({"dataset": "kmnist"}, {"outer_steps": 400}, {"inner_steps": 10, "batch_size": 12}):
         other = gtn.Config(**budget | changes)
         assert [analyze.known(source, other, "in order") for source in analyze.KNOWN] == [None, None]
 
 
 def test_teachers_trained_under_an_order(tmp_path):
     """Each beside what the paper reports for it, and apart from what shuffling afterwards does."""
-    budget = {"name": "paper", "dataset": "mnist", "inner_steps": 32, "batch_size": 128}
+    budget = {"name": "paper", "dataset": "mnist", "inner_steps": 32, "batch_size": 128, "outer_steps": 2000}
     for variant, order in [*(("learned", order) for order in gtn.ORDERS), ("random", "in order")]:
         make_run(tmp_path, variant=variant, order=order, **budget)
     kinds, config = read(tmp_path)
