@@ -18,15 +18,18 @@ import shlex
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+try:
+    import matplotlib
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-import gtn
-import nas
+    import gtn
+    import nas
+except KeyboardInterrupt:
+    sys.exit(130)  # see gtn.py
 
 # Test accuracies that others report on MNIST, in gtn.ORDERS, by source, (inner steps, batch size, outer steps) and
 # variant. The paper trained and tested a teacher under each order; its "no curriculum" is `random`. The earlier run

@@ -1,8 +1,7 @@
 """Generative Teaching Networks in one file (Such et al., arXiv 1912.07768).
 
-A teacher makes synthetic images; a freshly initialised learner trains on them for a few SGD steps (the inner loop); its
-loss on real data is differentiated through all of that training, and the teacher follows this meta-gradient (the outer
-step). The file reads in that order; files and the command line come last.
+A teacher makes synthetic images; a fresh learner trains on them for a few SGD steps (the inner loop); its loss on real
+data is differentiated through that training, and the teacher follows this meta-gradient (the outer step).
 
     python gtn.py           # embedded glyphs, no download: a minute or two on two CPU cores; --help: every setting
 """
@@ -27,12 +26,15 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import distributed, nn
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import distributed, nn
+    from torch.utils.checkpoint import checkpoint
+    from tqdm import tqdm
+except KeyboardInterrupt:
+    sys.exit(130)  # without a traceback: these take seconds, and nothing has begun
 
 CLASSES, FORMAT = 10, 1  # of every data set below; of the files that a run leaves
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
@@ -688,7 +690,7 @@ def train(config, data, folder, resume=False, stop_after=None):
     last, origin = min(config.outer_steps, stop_after or config.outer_steps), environment(data.mean.device)
     if data.mean.is_cuda and config.cuda_graph and not exact:
         tqdm.write(f"{folder.name}: no CUDA graph, which needs learners that differ in their filters alone")
-    bar = tqdm(total=config.outer_steps, initial=step, desc=folder.name, unit="step", disable=RANK > 0)
+    bar = tqdm(range(step + 1, last + 1), folder.name, config.outer_steps, initial=step, disable=RANK > 0)
 
     def note(event, **fields):
         log.append({"event": event, "step": step, "seconds": time.monotonic() - started, **fields})
@@ -705,14 +707,12 @@ def train(config, data, folder, resume=False, stop_after=None):
             write(folder / "config.json", {"config": dataclasses.asdict(config), "environment": origin})
             validate()
             save(folder, teacher, optimizer, data, step, log)
-        while step < last:
-            found = outer_step(teacher, optimizer, data, step, replay)  # meta-loss, gradient norm, norm of phi
+        for step in bar:
+            found = outer_step(teacher, optimizer, data, step - 1, replay)  # meta-loss, gradient norm, norm of phi
             if not all(map(math.isfinite, found)):
-                what = "meta-loss {}, gradient norm {}, norm of phi {} at outer step {}".format(*found, step)
+                what = "meta-loss {}, gradient norm {}, norm of phi {} at outer step {}".format(*found, step - 1)
                 raise InputError(f"{what}: {folder / 'teacher.pt'} is still good; choose a smaller outer_lr, inner_lr")
-            step += 1
             note("step", meta_loss=found[0], gradient_norm=found[1])
-            bar.update()
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
                 validate()
             if RANK == 0 and (step == last or time.monotonic() - saved >= config.checkpoint_every):

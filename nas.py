@@ -25,12 +25,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from tqdm import tqdm
 
-import gtn
+    import gtn
+except KeyboardInterrupt:
+    sys.exit(130)  # see gtn.py
 
 # ------------------------------------------------------------------------------------ search space
 

@@ -203,23 +203,7 @@ def test_labels_that_are_none(labels, monkeypatch):
 
 def test_a_malformed_setting_is_an_input_error():
     """Every field with every value: a valid Config, or an error of one line."""
-    values = [
-        "",
-        "-1",
-        "0",
-        "1e400",
-        "1e5",
-        "NaN",
-        "Infinity",
-        "null",
-        "[]",
-        "{}",
-        "[[[]]]",
-        '"',
-        "true",
-        "9" * 400,
-        "x",
-    ]
+    values = ["", "null", "[]", "{}", "[[[]]]", '"', "9" * 400, *"-1 0 1e400 1e5 NaN Infinity true x".split()]
     values += ["[1,[2,3]]", "[[3,2]]", '["a"]', "[" * 5000, "\ud800", "é", "1" * 5000, "..", "\0", "[3,true]", "[3.0]"]
     refused = []
     for name, value in itertools.product([*gtn.Config.__dataclass_fields__, "nosuch", ""], values):

@@ -107,6 +107,13 @@ def test_ctrl_c_and_a_second_process(tmp_path):
     assert checkpoint_step(folder) >= 2
 
 
+def test_ctrl_c_while_pytorch_is_imported(tmp_path):
+    process = start(tmp_path, 1)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60), process.returncode) == (("", ""), 130)
+
+
 def test_kill_9_at_random_moments(tmp_path, request):
     """Killed again and again, a run ends with the very teacher of the run that nobody disturbed."""
     kills, moment = request.config.getoption("--kills"), random.Random(0)
