@@ -109,9 +109,11 @@ def test_ctrl_c_and_a_second_process(tmp_path):
 
 def test_ctrl_c_while_pytorch_is_imported(tmp_path):
     process = start(tmp_path, 1)
-    time.sleep(0.4)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=60), process.returncode) == (("", ""), 130)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
 
 
 def test_kill_9_at_random_moments(tmp_path, request):

@@ -298,7 +298,7 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
     assert search(teacher, "--out", out) == 0
     before = {path: path.read_bytes() for path in (settings, log)}
     monkeypatch.setattr(nas, "measure", None)  # nothing is measured from now on
-    gtn.write(tmp_path / "other.pt", gtn.read(teacher) | {"step": 7})
+    gtn.write(tmp_path / "other.pt", gtn.read(teacher) | {"seconds": 7.0})
     for arguments, message in [
         ([teacher], "holds this search: continue it with --resume"),
         ([teacher, "--resume", "--truth-steps", 3], "holds a search with other truth"),
