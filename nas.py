@@ -77,8 +77,9 @@ def train_briefly(source, architecture, data, settings, rate=1, k=0):
     with gtn.seeded(settings["seed"], gtn.SHORT_TRAINING, k, *repr(architecture).encode()), torch.no_grad():
         theta = gtn.init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
         curriculum = source
-        if callable(source):  # a teacher, whose order is drawn for every learner
-            curriculum = gtn.Curriculum(*(torch.cat([x] * PASSES) for x in source(data)))
+        if callable(source):  # a teacher, which may draw images or an order anew for every pass
+            passes = [source(data) for _ in range(PASSES)]
+            curriculum = gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True)))
     *_, (theta, _) = gtn.unroll(theta, curriculum._replace(lr=rate * curriculum.lr), architecture)
     split = gtn.Split(*(x[: settings["config"]["validation_images"]] for x in data.validation))
     return gtn.accuracy(theta, split, architecture, curriculum.images[-1])

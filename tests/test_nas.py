@@ -116,8 +116,8 @@ def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
     architecture = Architecture((3,), (3,), "max", "instance", 0)
     settings, means = {"seed": 4, "config": {"validation_images": 30}}, []
     curriculum, split = teacher(data), gtn.Split(*(x[:30] for x in data.validation))
-    curriculum = curriculum._replace(lr=3 * curriculum.lr)  # so that a pass more or less shows
-    thrice = gtn.Curriculum(*(torch.cat([x, x, x]) for x in curriculum))
+    passes = [curriculum._replace(lr=rate * curriculum.lr) for rate in (3, 2, 4)]  # drawn anew; so that each shows
+    thrice, turns = gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True))), itertools.cycle(passes)
     for rate in (1, 2):
         for k in range(2):
             with gtn.seeded(4, gtn.SHORT_TRAINING, k, *repr(architecture).encode()):
@@ -125,7 +125,7 @@ def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
             *_, (theta, _) = gtn.unroll(theta, thrice._replace(lr=rate * thrice.lr), architecture)
             means.append(gtn.accuracy(theta, split, architecture, curriculum.images[-1]))
     assert len(set(means)) > 1
-    for source in (thrice, lambda _: curriculum):
+    for source in (thrice, lambda _: next(turns)):
         assert nas.score(source, architecture, data, settings) == pytest.approx(np.mean(means))
 
 
