@@ -665,7 +665,7 @@ def begin(config, data, folder, resume):
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, (config.outer_beta1, config.outer_beta2))
     with reading(path):
         optimizer.load_state_dict(content.get("optimizer", optimizer.state_dict()))
-        return teacher, optimizer, content["step"], list(content["log"])
+        return teacher, optimizer, int(content["step"]), list(content["log"])
 
 
 def save(folder, teacher, optimizer, data, step, log):
