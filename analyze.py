@@ -258,8 +258,6 @@ def draw_mean(axes, series, config, log=False, **options):
     axes.fill_between(xs, low, high, color=look["color"], alpha=0.2, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    if len(xs) == 1:
-        axes.set_xlim(xs[0] - 1, xs[0] + 1)
 
 
 def draw_training(kinds, config):
@@ -398,10 +396,11 @@ def draw_search(search):
     bottom.axvspan(free / 3, free * 2, color="0.94", zorder=0)
     bottom.text(free / 2.7, 0.5, "nothing trained", rotation=90, va="center", transform=bottom.get_xaxis_transform())
     caption = f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; noise ceiling: "
+    caption += "one against another; corrected: what a method without noise would reach against their mean. Hollow: "
     caption += (
-        "one against another; corrected: what a method without noise would reach against their mean. Hollow: given "
+        "given both sizes. Bars: 95 % intervals. Hollow marks, corrected and real data stand to the right of their "
     )
-    caption += f"parameters and multiply-adds. Bars: 95 % intervals. {config.kind}, seed {config.seed}; "
+    caption += f"cost, to be seen. {config.kind}, seed {config.seed}; "
     return figure, caption + f"{search['environment']['device']}; `{search['environment']['command']}`."
 
 
