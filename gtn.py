@@ -32,6 +32,7 @@ try:
     import torch.nn.functional as F
     from torch import distributed, nn
     from torch.utils.checkpoint import checkpoint
+    from torchvision import datasets, transforms
     from tqdm import tqdm
 except KeyboardInterrupt:
     sys.exit(130)  # without a traceback: these take seconds, and nothing has begun
@@ -133,14 +134,13 @@ class Config:
 Split = namedtuple("Split", "images labels")  # [N, C, H, W] float, normalised; [N] int64
 Data = namedtuple("Data", "train validation test mean std")  # on the device; mean, std [C] of training pixels in 0..1
 
-# what random numbers are for: they depend on the seed, one of these, and on the step or learner, alone
-TEACHER, TEST_LEARNERS, CURRICULUM, META_TRAINING = 0, 1, 2, 3
+TEACHER, TEST_LEARNERS, CURRICULUM, META_TRAINING = 0, 1, 2, 3  # what random numbers are for
 SHORT_TRAINING, FULL_TRAINING, ARCHITECTURES, TUNING, BOOTSTRAP = 4, 5, 6, 7, 8  # in nas.py
 
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Inside, random numbers depend on the key (whole numbers) alone; outside, their stream is undisturbed."""
+    """Inside, random numbers depend on the key alone, as seed, purpose, step, learner; outside nothing is disturbed."""
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
@@ -247,24 +247,27 @@ def network(x, architecture, parameter, reference=None):
     """The learner, from images x [N, C, H, W] to logits [N, 10]: change it here, and everything follows.
 
     parameter(initialise, *shape) is the learner's next parameter, and says how it starts. Batch statistics are those of
-    `reference` images, the last synthetic batch, so that a prediction never depends on the other real images; without a
-    reference, those of x itself. Raises InputError where x is too small.
+    `reference`, the last synthetic batch, lest predictions depend on each other; None: of x. InputError if x is small.
     """
     kind, size = architecture.normalization, "x".join(map(str, x.shape[2:]))
     counted = len(x)  # of how many rows the batch statistics are
     dims = {"layer": (1, 2, 3), "instance": (2, 3), "batch": (0, 2, 3)}[kind]
     if kind == "batch" and reference is not None:
         x, counted = torch.cat([reference, x]), len(reference)
+
+    def mean(x):  # of all that is normalised together
+        x = x[:counted] if kind == "batch" else x
+        return x.sum(dims, keepdim=True) / math.prod(x.shape[d] for d in dims)
+
     for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
         if (x.shape[2] // 2) * (x.shape[3] // 2) < (2 if kind == "instance" else 1):  # one pixel has no variance
             raise InputError(f"{len(architecture.filters)} conv blocks are too deep for images of {size}")
         weight = parameter(nn.init.kaiming_normal_, filters, kernel, kernel, x.shape[1])  # channels-last is faster
         x = F.conv2d(x, weight.permute(0, 3, 1, 2), padding=kernel // 2)
         x = max_pool(x) if architecture.pooling == "max" else F.avg_pool2d(x, 2)
-        x = x - x[:counted].mean(dims, keepdim=True)
-        deviation = (x[:counted].square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        x = x - mean(x)
         scale, shift = parameter(nn.init.ones_, filters, 1, 1), parameter(nn.init.zeros_, filters, 1, 1)
-        x = F.leaky_relu(x * (scale / deviation) + shift)
+        x = F.leaky_relu(torch.addcmul(shift, x, scale / (mean(x.square()) + 1e-5).sqrt()))
     x = (x if counted == len(x) else x[counted:]).permute(0, 2, 3, 1)
     if units := architecture.hidden_units:
         weight = parameter(nn.init.kaiming_normal_, units, *x.shape[1:])
@@ -359,7 +362,8 @@ def unroll(theta, curriculum, architecture, create_graph=False):
 
 def real_loss(theta, real, architecture, reference):
     """A learner's loss on real data (a Split), given the synthetic batch that it has just learned from."""
-    return F.cross_entropy(logits(theta, real.images, architecture, reference), real.labels)
+    parts = [logits(theta, part, architecture, reference) for part in real.images.split(128)]  # of a cache's size
+    return F.cross_entropy(torch.cat(parts), real.labels)
 
 
 def meta_gradient(theta, curriculum, architecture, batches):
@@ -418,8 +422,7 @@ def outer_step(teacher, optimizer, data, step, replay=None):
     config, learners, image_shape = teacher.config, teacher.config.learners_per_step, data.train.images.shape[1:]
     widest = sample_architecture(config, widest=True) if replay else None
     progress = (1 - math.cos(math.pi * step / config.outer_steps)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = config.outer_lr * (1 + (config.outer_lr_end - 1) * progress)
+    optimizer.param_groups[0]["lr"] = config.outer_lr * (1 + (config.outer_lr_end - 1) * progress)
     optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the same addresses
     meta_loss, phi = torch.zeros_like(data.mean[0]), [*teacher.parameters()]
     for k in range(RANK * learners, (RANK + 1) * learners):
@@ -516,9 +519,8 @@ def draw_glyphs(count, fonts, seed):
     """`count` distorted digits in matplotlib's fonts: images [count, 1, 28, 28] in 0..1 and labels [count]."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont, ImageOps
-    from torchvision.transforms import RandomAffine
 
-    glyphs, distort, labels = {}, RandomAffine(15, (0.04, 0.04), (0.85, 1.1)), torch.arange(count) % CLASSES
+    glyphs, distort, labels = {}, transforms.RandomAffine(15, (0.04, 0.04), (0.85, 1.1)), torch.arange(count) % CLASSES
     for font, digit in ((font, digit) for font in fonts for digit in range(CLASSES)):
         picture, path = Image.new("L", (99, 99)), Path(get_data_path(), "fonts", "ttf", f"{font}.ttf")
         ImageDraw.Draw(picture).text((50, 50), str(digit), 255, ImageFont.truetype(str(path), 48), "mm")
@@ -535,13 +537,11 @@ def images_and_labels(dataset, folder):
     """[training images, labels, test images, labels] of a data set, pixels in 0..1."""
     if dataset == "glyphs":  # half of the test images in fonts that are not trained on
         return [*draw_glyphs(20_000, FONTS, 0), *draw_glyphs(5_000, FONTS[: len(TEST_FONTS)] + TEST_FONTS, 1)]
-    import torchvision.datasets
-
     name, found = DATASETS[dataset], []
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             for train in (True, False):
-                part = getattr(torchvision.datasets, name)(folder, train=train, download=True)
+                part = getattr(datasets, name)(folder, train=train, download=True)
                 images, labels = torch.as_tensor(part.data).float() / 255, torch.as_tensor(part.targets)
                 if len(images) != len(labels) or labels.amin() < 0 or labels.amax() >= CLASSES:
                     raise ValueError(f"labels must be {len(images):,} from 0 to {CLASSES - 1}")
@@ -710,8 +710,7 @@ def train(config, data, folder, resume=False, stop_after=None):
         for step in bar:
             found = outer_step(teacher, optimizer, data, step - 1, replay)  # meta-loss, gradient norm, norm of phi
             if not all(map(math.isfinite, found)):
-                what = "meta-loss {}, gradient norm {}, norm of phi {} at outer step {}".format(*found, step - 1)
-                raise InputError(f"{what}: {folder / 'teacher.pt'} is still good; choose a smaller outer_lr, inner_lr")
+                raise InputError(f"outer step {step} diverged; {folder}/teacher.pt is good: reduce outer_lr, inner_lr")
             note("step", meta_loss=found[0], gradient_norm=found[1])
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
                 validate()
