@@ -483,7 +483,7 @@ def evaluate(teacher, data, split, learners, order=None, tested="training"):
     order: one of ORDERS, or "transductive" or "every step" (T accuracies of each), in the teacher's own, as by default.
     """
     found, config = [], teacher.config
-    for k in range(learners):
+    for k in tqdm(range(learners), f"{tested}, {order or config.order}", leave=False, delay=10):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
             architecture = TESTED[tested](sample_architecture(config))
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)

@@ -254,7 +254,7 @@ def report(result):
         cells = found["spearman"]["all"], found["spearman"]["top half"], found["partial"]["all"]
         key = {"ceiling": "truth"}.get(name, name)
         cost, pick = seconds.get(key, {}).get("mean"), best.get(key, {}).get("test")
-        words = [interval(x) for x in (*cells, cells[0]["teacher minus this"])]
+        words = [*map(interval, cells), interval(cells[0]["teacher minus this"]) if name != "teacher" else ""]
         print(row(name, *words, f"{cost:.3g}" if cost else "", f"{pick:.4f}" if pick else ""))
     print("{:<109}{mean:.4f} +- {std:.4f}, best {best:.4f} of {n}".format("random pick", **best["random"]))
     if "once" in seconds["teacher"]:
