@@ -83,7 +83,7 @@ class Config:
     normalization: str = "instance"  # layer, instance: per sample; batch: of the last synthetic batch
     meta_batch_size: int = 256  # real images per meta-loss; earlier run: 1024; paper: 128
     meta_loss_every: int = 10  # inner steps from one meta-loss to the next, the last always; paper: 1
-    flat: bool = False  # memory that hardly grows with T, for a third more time
+    flat: bool = False  # memory that hardly grows with T, for a fifth more time
     outer_steps: int = 5000  # length of Adam's cosine schedule; earlier run: 5000; paper: 2000
     outer_lr: float = 0.02  # paper: 0.02; earlier run: 0.01
     outer_lr_end: float = 0.1  # fraction of outer_lr at the end; paper: 0.1
