@@ -158,10 +158,10 @@ def test_bad_input(run_gtn, tmp_path, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("size", ["filters=[65535,65535]", "filters=[65535]"])
+@pytest.mark.parametrize("size", ["filters=[65535,65535]", "filters=[65535] batch_size=1000"])
 def test_what_does_not_fit_into_memory(tmp_path, size):
     """In a process of its own: what has been allocated by then is given back."""
-    result = shell("--outer-steps", 1, "--runs", tmp_path, "--device", "cpu", "--set", *TINY, size, cwd=tmp_path)
+    result = shell("--runs", tmp_path, "--device", "cpu", "--set", *TINY, *size.split(), cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1].startswith("gtn.py: error: out of memory: choose smaller sizes")
     assert "Traceback" not in result.stderr
