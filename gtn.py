@@ -247,7 +247,7 @@ def network(x, architecture, parameter, reference=None):
     """The learner, from images x [N, C, H, W] to logits [N, 10]: change it here, and everything follows.
 
     parameter(initialise, *shape) is the learner's next parameter, and says how it starts. Batch statistics are those of
-    `reference`, the last synthetic batch, lest predictions depend on each other; None: of x. InputError if x is small.
+    `reference`, the last synthetic batch, so that predictions are independent; None: of x. InputError: x is too small.
     """
     kind, size = architecture.normalization, "x".join(map(str, x.shape[2:]))
     counted = len(x)  # of how many rows the batch statistics are
@@ -255,7 +255,7 @@ def network(x, architecture, parameter, reference=None):
     if kind == "batch" and reference is not None:
         x, counted = torch.cat([reference, x]), len(reference)
 
-    def mean(x):  # of all that is normalised together
+    def mean(x):  # of all that is normalised together; a sum, because the derivative of one costs nothing
         x = x[:counted] if kind == "batch" else x
         return x.sum(dims, keepdim=True) / math.prod(x.shape[d] for d in dims)
 
