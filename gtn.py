@@ -362,7 +362,7 @@ def unroll(theta, curriculum, architecture, create_graph=False):
 
 def real_loss(theta, real, architecture, reference):
     """A learner's loss on real data (a Split), given the synthetic batch that it has just learned from."""
-    parts = [logits(theta, part, architecture, reference) for part in real.images.split(128)]  # of a cache's size
+    parts = [logits(theta, part, architecture, reference) for part in real.images.split(128)]  # small: for the cache
     return F.cross_entropy(torch.cat(parts), real.labels)
 
 
@@ -435,6 +435,7 @@ def outer_step(teacher, optimizer, data, step, replay=None):
             distributed.all_reduce(x)
         x /= learners * WORLD
     optimizer.step()
+    # the learning rate, too: its logarithm may be finite where it is not
     norms = [nn.utils.get_total_norm(x) for x in ([p.grad for p in phi], [*phi, teacher.log_lr.exp()])]
     return torch.stack([meta_loss, *norms]).tolist()
 
@@ -480,7 +481,7 @@ def accuracy(theta, split, architecture, reference):
 def evaluate(teacher, data, split, learners, order=None, tested="training"):
     """`summary` of the accuracies on a split of learners 0, 1, ..., which no teacher has met; `tested`: their kind.
 
-    order: one of ORDERS, or "transductive" or "every step" (T accuracies of each), in the teacher's own, as by default.
+    order: one of ORDERS, by default the teacher's; or "transductive" or "every step" (T accuracies of each), in that.
     """
     found, config = [], teacher.config
     for k in tqdm(range(learners), f"{tested}, {order or config.order}", leave=False, delay=10):
@@ -656,8 +657,8 @@ def begin(config, data, folder, resume):
             ours, theirs = vars(config), vars(Config(**read(folder / "config.json")["config"]))
         other = "; ".join(f"{key}={theirs[key]!r}, now {ours[key]!r}" for key in ours if ours[key] != theirs[key])
         if other or not resume:
-            run = f"a run with {other}" if other else "this run: continue it with --resume"
-            raise InputError(f"{folder} holds {run}; or choose another --runs, or --set name=NAME")
+            run = f"a run with {other}:" if other else "this run: continue it with --resume, or"
+            raise InputError(f"{folder} holds {run} choose another --runs, or --set name=NAME")
     with seeded(config.seed, TEACHER):
         teacher, content = Teacher(config, image_shape).to(data.mean.device), {"step": 0, "log": []}
     if path.exists():
@@ -804,7 +805,7 @@ def run(program, command, arguments):
             raise
         line, status = "error: out of memory: choose smaller sizes, batch_size and meta_batch_size first, or flat", 2
     except KeyboardInterrupt:
-        line, status = "interrupted: the same command with --resume continues at the last checkpoint", 130
+        line, status = "interrupted: all files are whole; a run, evaluation or search continues with --resume", 130
     print(f"{program}: {line}", file=sys.stderr)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own, longer report then ends with the line
         write(Path(report), {"message": line})
@@ -824,7 +825,7 @@ def main(arguments=None):
     add("--runs", help="folder of the run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in its folder; skip what --evaluate has done")
     add("--stop-after", type=int, help="stop with a checkpoint after this many outer steps in all")
-    add("--evaluate", type=Path, metavar="TEACHER.pt", help="measure a teacher on fresh learners, train none")
+    add("--evaluate", type=Path, metavar="TEACHER.pt", help="measure a teacher anew (see --resume), train none")
     add("--learners", type=int, help="fresh learners of the test (default: test_learners; of --evaluate 100)")
     args = parser.parse_args(arguments)
     if any(x is not None and x < 1 for x in (args.learners, args.stop_after)):

@@ -258,8 +258,9 @@ def report(result):
         print(row(name, *words, f"{cost:.3g}" if cost else "", f"{pick:.4f}" if pick else ""))
     print("{:<109}{mean:.4f} +- {std:.4f}, best {best:.4f} of {n}".format("random pick", **best["random"]))
     if "once" in seconds["teacher"]:
-        words = "training the teacher took {once:.0f} s, its share makes it {shared:.3g} s each: cheaper than the truth"
-        print((words + " from {pays from} architectures on").format(**seconds["teacher"]))
+        once, shared, least = (seconds["teacher"][key] for key in ("once", "shared", "pays from"))
+        pays = f"cheaper than the truth from {least} architectures on" if least else "dearer than the truth"
+        print(f"training the teacher took {once:.0f} s, its share makes it {shared:.3g} s each: {pays}")
 
 
 # ------------------------------------------------------------------------------------------ search
@@ -287,8 +288,8 @@ def begin(folder, settings, resume, space, config, data):
         if not math.isfinite(math.prod(content["control"][key] for key in ("lr", "momentum", "seconds"))):
             raise ValueError("a number is not finite")
     if other or (lines and not resume):
-        what = f"a search with other {', '.join(other)}" if other else "this search: continue it with --resume"
-        raise gtn.InputError(f"{folder} holds {what}, or choose another --out")
+        what = f"a search with other {', '.join(other)}:" if other else "this search: continue it with --resume, or"
+        raise gtn.InputError(f"{folder} holds {what} choose another --out")
     with gtn.reading(log):
         for x in lines:
             numbers = [x[name] for name in ("teacher", "control", *SIZES)]

@@ -228,7 +228,7 @@ def test_a_search_end_to_end(teacher, few):
     assert result["seconds"]["teacher"]["once"] == gtn.read(teacher)["seconds"]
 
 
-def test_where_a_teacher_pays():
+def test_where_a_teacher_pays(capsys):
     """It took 100 seconds, and saves 4 seconds an architecture."""
     line = {"teacher": 0.5, "control": 0.5, "parameters": 1, "multiply_adds": 1}
     line |= {"truth": [{"validation": 0.5, "test": 0.5}], "seconds": {"teacher": 1.0, "control": 9.0, "truth": 5.0}}
@@ -236,6 +236,9 @@ def test_where_a_teacher_pays():
     seconds = nas.conclude([line] * 4, settings)["seconds"]
     assert seconds["teacher"] == {"mean": 1.0, "total": 4.0, "once": 100, "shared": 26.0, "pays from": 25}
     assert seconds["control"]["pays from"] is None  # dearer than full training
+    dear = line | {"seconds": line["seconds"] | {"teacher": 6.0}, "filters": [2], "kernels": [3], "pooling": "max"}
+    nas.report(nas.conclude([dear] * 4, settings))
+    assert capsys.readouterr().out.endswith("31 s each: dearer than the truth\n")
     assert "once" not in nas.conclude([line] * 4, settings | {"teacher_seconds": None})["seconds"]["teacher"]
 
 
