@@ -805,7 +805,7 @@ def run(program, command, arguments):
             raise
         line, status = "error: out of memory: choose smaller sizes, batch_size and meta_batch_size first, or flat", 2
     except KeyboardInterrupt:
-        line, status = "interrupted: all files are whole; a run, evaluation or search continues with --resume", 130
+        line, status = "interrupted: all files are whole; --resume continues a run, an evaluation or a search", 130
     print(f"{program}: {line}", file=sys.stderr)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own, longer report then ends with the line
         write(Path(report), {"message": line})
