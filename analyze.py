@@ -397,10 +397,8 @@ def draw_search(search):
     bottom.text(free / 2.7, 0.5, "nothing trained", rotation=90, va="center", transform=bottom.get_xaxis_transform())
     caption = f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; noise ceiling: "
     caption += "one against another; corrected: what a method without noise would reach against their mean. Hollow: "
-    caption += (
-        "given both sizes. Bars: 95 % intervals. Hollow marks, corrected and real data stand to the right of their "
-    )
-    caption += f"cost, to be seen. {config.kind}, seed {config.seed}; "
+    caption += "given both sizes. Bars: 95 % intervals. Hollow marks, corrected and real data stand to the right of "
+    caption += f"their cost, to be seen. {config.kind}, seed {config.seed}; "
     return figure, caption + f"{search['environment']['device']}; `{search['environment']['command']}`."
 
 
