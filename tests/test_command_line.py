@@ -87,6 +87,7 @@ def test_rows_of_an_evaluation(run_gtn, tmp_path):
     assert status == 0, error
     rows = gtn.read(tmp_path / "runs" / "quick-learned-s0" / "evaluation.json")["rows"]
     assert [row["order"] for row in rows] == [*gtn.ORDERS, "transductive", "every step", "in order"]
+    assert [row["n"] for row in rows] == [2, 2, 2, 2, 1, 1]  # fewer for what is no main figure
     assert rows[-1]["architecture"] == "double width"
     assert rows[3]["accuracies"] != rows[0]["accuracies"]
 
