@@ -39,12 +39,22 @@ def meta_gradient_by_higher(theta, curriculum, architecture, batches):
     """gtn.meta_gradient by the library higher, which keeps the full graph."""
     import higher
 
-    network, losses = as_module(theta, architecture, IMAGE_SHAPE), []
+    network = as_module(theta, architecture, IMAGE_SHAPE)
+    for i, layer in enumerate(network):  # all stock layers, as higher's users have them
+        if isinstance(layer, gtn.MaxPool):
+            network[i] = nn.MaxPool2d(2)
+    losses = []
     images, labels, lr, momentum = map(gtn.leaf, curriculum)
-    with higher.innerloop_ctx(network, torch.optim.SGD(network.parameters(), lr=1, momentum=1)) as (learner, sgd):
+    with higher.innerloop_ctx(network, torch.optim.SGD(network.parameters(), lr=1, momentum=1)) as (
+        learner,
+        sgd,
+    ):
         for x, y, alpha, mu, real in zip(images, labels, lr, momentum, batches, strict=True):
-            sgd.step(nn.functional.cross_entropy(learner(x), y), override={"lr": [alpha], "momentum": [mu]})
-            if real:
+            sgd.step(
+                nn.functional.cross_entropy(learner(x), y),
+                override={"lr": [alpha], "momentum": [mu]},
+            )
+            if real is not None:
                 losses.append(nn.functional.cross_entropy(learner(real.images), real.labels))
     meta_loss = torch.stack(losses).mean()
     return meta_loss.detach(), *torch.autograd.grad(meta_loss, (images, lr, momentum))
@@ -53,13 +63,22 @@ def meta_gradient_by_higher(theta, curriculum, architecture, batches):
 def make_step(method, config, device, dtype=torch.float32):
     """(teacher, step): step(n) takes outer step n and leaves its meta-gradient in the teacher's .grad."""
     config = dataclasses.replace(config, flat=method == "flat", outer_lr=0.0, learners_per_step=1)
-    with gtn.seeded(config.seed, gtn.TEACHER):  # real images are random numbers: they take as long as any others
-        split = gtn.Split(torch.randn(2000, *IMAGE_SHAPE).to(device, dtype), torch.randint(10, (2000,)).to(device))
+    with gtn.seeded(
+        config.seed, gtn.TEACHER
+    ):  # real images are random numbers: they take as long as any others
+        split = gtn.Split(
+            torch.randn(2000, *IMAGE_SHAPE).to(device, dtype), torch.randint(10, (2000,)).to(device)
+        )
         teacher = gtn.Teacher(config, IMAGE_SHAPE)
-        teacher.log_lr.data += 0.1 * torch.randn_like(teacher.log_lr)  # no two inner steps are alike
-    teacher, data = teacher.to(device, dtype), gtn.Data(*[split] * 3, *torch.tensor([[0], [1]]).to(split.images))
+        teacher.log_lr.data += 0.1 * torch.randn_like(
+            teacher.log_lr
+        )  # no two inner steps are alike
+    teacher, data = (
+        teacher.to(device, dtype),
+        gtn.Data(*[split] * 3, *torch.tensor([[0], [1]]).to(split.images)),
+    )
     optimizer = torch.optim.SGD(teacher.parameters())
-    replay = gtn.captured(teacher, data) if method == "CUDA graph" else None
+    replay = gtn.capture_graph(teacher, data) if method == "CUDA graph" else None
     meta_gradient = meta_gradient_by_higher if method == "higher" else gtn.meta_gradient
 
     def step(n):
@@ -106,7 +125,9 @@ def measure_speed(config, methods, rounds, device_name):
     for method, row in record.items():
         row["median"] = statistics.median(row["seconds"])
         row["peak"] = fresh_process(memory, config, method, device_name)
-        print(f"{config.name}, {method}: {row['median']:.3f} s (median of {rounds}), {row['peak']:.0f} MiB")
+        print(
+            f"{config.name}, {method}: {row['median']:.3f} s (median of {rounds}), {row['peak']:.0f} MiB"
+        )
     for row in record.values() if "higher" in record else ():
         row["times_faster_than_higher"] = record["higher"]["median"] / row["median"]
     return record
@@ -116,27 +137,41 @@ def measure_memory(config, lengths, device_name):
     """The record of memory against inner steps T; growth: of flat, beyond the images, from T = 16 to 128."""
     rows = []
     for T in lengths:
-        images = 2 * T * config.batch_size * math.prod(IMAGE_SHAPE) * 4 / 2**20  # and their gradient
+        images = (
+            2 * T * config.batch_size * math.prod(IMAGE_SHAPE) * 4 / 2**20
+        )  # and their gradient
         for method in ("full graph", "flat"):
-            peak = fresh_process(memory, dataclasses.replace(config, inner_steps=T), method, device_name)
+            peak = fresh_process(
+                memory, dataclasses.replace(config, inner_steps=T), method, device_name
+            )
             rows.append({"method": method, "inner_steps": T, "images": images, "peak": peak})
-    beyond = {row["inner_steps"]: row["peak"] - row["images"] for row in rows if row["method"] == "flat"}
+    beyond = {
+        row["inner_steps"]: row["peak"] - row["images"] for row in rows if row["method"] == "flat"
+    }
     return {"rows": rows, "growth": beyond[128] / beyond[16] - 1}
 
 
 def main(arguments=None):
     """The command line."""
     parser = gtn.argument_parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--configs", nargs="+", default=["A", "B", "C"], help="of configs.json, to time")
-    parser.add_argument("--rounds", type=int, default=5, help="times every method is timed (default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark.json"), help="file to write")
+    parser.add_argument(
+        "--configs", nargs="+", default=["A", "B", "C"], help="of configs.json, to time"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times every method is timed (default: 5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/benchmark.json"), help="file to write"
+    )
     args = parser.parse_args(arguments)
     device = gtn.choose_device(args.device)
     methods = ["full graph", "flat", *["CUDA graph"] * (device.type == "cuda")]
     methods += ["higher"] * bool(importlib.util.find_spec("higher"))
     result = {"environment": gtn.environment(device), "speed": {}}
     for name in args.configs:
-        result["speed"][name] = measure_speed(gtn.make_config(name), methods, args.rounds, args.device)
+        result["speed"][name] = measure_speed(
+            gtn.make_config(name), methods, args.rounds, args.device
+        )
     result["memory"] = measure_memory(gtn.make_config("A"), (8, 16, 32, 64, 128), args.device)
     gtn.write(args.out, result)
 

@@ -1,7 +1,6 @@
 """What the tests share: a tiny float64 problem, and the real command line with a tiny budget."""
 
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,16 +20,27 @@ checkpoint_every=0""".split()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often the test of kill -9 kills a run")
+    parser.addoption(
+        "--kills", type=int, default=3, help="how often the test of kill -9 kills a run"
+    )
 
 
 def tiny(normalization="instance", **changes):
     """(teacher, data, theta, architecture, batches), all float64, 8x8 images."""
     torch.manual_seed(0)
-    sizes = {"inner_steps": 5, "batch_size": 4, "latent_size": 3, "hidden_size": 5, "generator_filters": 4}
+    sizes = {
+        "inner_steps": 5,
+        "batch_size": 4,
+        "latent_size": 3,
+        "hidden_size": 5,
+        "generator_filters": 4,
+    }
     settings = {"filters": (4, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05}
     config = gtn.Config(**sizes | settings | changes, normalization=normalization)
-    splits = [gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,))) for _ in range(3)]
+    splits = [
+        gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,)))
+        for _ in range(3)
+    ]
     one = torch.ones(1, dtype=torch.float64)
     data = gtn.Data(*splits, 0 * one, one)
     teacher = gtn.Teacher(config, (1, 8, 8)).double()
@@ -39,35 +48,14 @@ def tiny(normalization="instance", **changes):
     theta = gtn.init_learner(architecture, (1, 8, 8)).double()
     theta += 0.1 * torch.randn_like(theta)  # no zeros or ones that would hide a wrong derivative
     losses = [t % config.meta_loss_every == 0 for t in reversed(range(config.inner_steps))]
-    return teacher, data, theta, architecture, [gtn.sample(data.train, 12) if yes else None for yes in losses]
-
-
-def parts(theta, architecture, image_shape):
-    """theta's parameters, channels where PyTorch has them: convolutions [F, C, K, K], linear [units, C, H, W]."""
-    shapes = [shape for _, shape in gtn.declared_parameters(architecture, image_shape)]
-    found = theta.split([math.prod(shape) for shape in shapes])
-    return [x.view(s).movedim(-1, 1) if len(s) == 4 else x.view(s) for x, s in zip(found, shapes, strict=True)]
+    batches = [gtn.sample(data.train, 12) if yes else None for yes in losses]
+    return teacher, data, theta, architecture, batches
 
 
 def as_module(theta, architecture, image_shape):
-    """gtn's learner in plain PyTorch, as it starts at theta."""
-    layers, channels = [], image_shape[0]
-    for filters, kernel in zip(architecture.filters, architecture.kernels, strict=True):
-        groups = {"layer": 1, "instance": filters}.get(architecture.normalization)
-        norm = nn.GroupNorm(groups, filters) if groups else nn.BatchNorm2d(filters, track_running_stats=False)
-        pool = nn.MaxPool2d(2) if architecture.pooling == "max" else nn.AvgPool2d(2)
-        layers += [
-            nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False),
-            pool,
-            norm,
-            nn.LeakyReLU(0.01),
-        ]
-        channels = filters
-    hidden = [nn.LazyLinear(architecture.hidden_units), nn.LeakyReLU(0.01)] if architecture.hidden_units else []
-    module = nn.Sequential(*layers, nn.Flatten(), *hidden, nn.LazyLinear(10)).to(theta)
-    module(theta.new_zeros(2, *image_shape))
-    for parameter, value in zip(module.parameters(), parts(theta, architecture, image_shape), strict=True):
-        parameter.data.copy_(value.reshape(parameter.shape))
+    """gtn's learner as an ordinary module whose parameters are those of theta."""
+    module = gtn.make_learner(architecture, image_shape).to(theta)
+    module.load_state_dict(gtn.to_parameters(theta, module))
     return module
 
 
@@ -75,7 +63,9 @@ def as_module(theta, architecture, image_shape):
 def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
     """The first 400 images of each split of a data set."""
     data = load(dataset, folder, torch.device("cpu"))
-    return gtn.Data(*(gtn.Split(*(x[:400] for x in split)) for split in data[:3]), data.mean, data.std)
+    return gtn.Data(
+        *(gtn.Split(*(x[:400] for x in split)) for split in data[:3]), data.mean, data.std
+    )
 
 
 @pytest.fixture
@@ -84,7 +74,11 @@ def run_gtn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gtn, "load_data", few_glyphs)
 
     def run(*arguments, settings=TINY):
-        where = [] if "--evaluate" in arguments else ["--runs", str(tmp_path / "runs"), "--set", *settings]
+        where = (
+            []
+            if "--evaluate" in arguments
+            else ["--runs", str(tmp_path / "runs"), "--set", *settings]
+        )
         capsys.readouterr()
         status = gtn.run("gtn.py", gtn.main, [*where, "--device", "cpu", *map(str, arguments)])
         return status, *capsys.readouterr()
@@ -97,4 +91,6 @@ def shell(*arguments, script="gtn.py", **options):
     words = script if isinstance(script, list) else [ROOT / script]
     command = [sys.executable, *map(str, words), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, **options
+    )

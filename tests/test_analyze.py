@@ -12,29 +12,61 @@ import analyze
 import gtn
 
 DEVICE = "a <b>device</b> | of ours"
-SIZES = {"inner_steps": 3, "batch_size": 12, "latent_size": 2, "hidden_size": 4, "generator_filters": 2}
+SIZES = {
+    "inner_steps": 3,
+    "batch_size": 12,
+    "latent_size": 2,
+    "hidden_size": 4,
+    "generator_filters": 2,
+}
 TESTS = dict(zip(gtn.ORDERS, ([0.5, 0.7], [0.4, 0.6], [0.2, 0.4]), strict=True))
 
 
 def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **changes):
     """A run folder below `folder`, every number of which follows from its arguments; returns it."""
-    settings = {"name": "toy", "dataset": "glyphs", "filters": (2, 3), "outer_steps": 4} | SIZES | changes
+    settings = (
+        {"name": "toy", "dataset": "glyphs", "filters": (2, 3), "outer_steps": 4} | SIZES | changes
+    )
     config = gtn.Config(**settings, variant=variant, seed=seed)
     folder, T = folder / f"{config.name}-{config.kind}-s{seed}", config.inner_steps
     command = f"python gtn.py --variant {variant} --seed {seed} --resume"
-    origin = {"config": dataclasses.asdict(config), "environment": {"device": DEVICE, "command": command}}
+    origin = {
+        "config": dataclasses.asdict(config),
+        "environment": {"device": DEVICE, "command": command},
+    }
     gtn.write(folder / "config.json", origin)
     log = [{"event": "start", "step": 0}]
     for step in range(steps + 1):
         if step:
-            log.append({"event": "step", "step": step, "seconds": 30.0 * step, "meta_loss": 4.0**seed / step})
-        rates = {"lr": [0.01 * 4**seed * t for t in range(1, T + 1)], "momentum": [0.5 + 0.1 * step] * T}
+            log.append(
+                {
+                    "event": "step",
+                    "step": step,
+                    "seconds": 30.0 * step,
+                    "meta_loss": 4.0**seed / step,
+                }
+            )
+        rates = {
+            "lr": [0.01 * 4**seed * t for t in range(1, T + 1)],
+            "momentum": [0.5 + 0.1 * step] * T,
+        }
         accuracy = gtn.summary([1 - 0.5 / (1 + step) / 4**seed] * 2)
-        log.append({"event": "validation", "step": step, "seconds": 30.0 * step, "accuracy": accuracy, **rates})
+        log.append(
+            {
+                "event": "validation",
+                "step": step,
+                "seconds": 30.0 * step,
+                "accuracy": accuracy,
+                **rates,
+            }
+        )
     gtn.write(folder / "log.jsonl", log)
     tests = {order: [x + 0.1 * seed for x in test] for order, test in TESTS.items()}
     tests["every step"] = [[k * t / 10 for t in range(T)] for k in (1, 3)]
-    rows = [{"architecture": "training", "order": order, **gtn.summary(test)} for order, test in tests.items()]
+    rows = [
+        {"architecture": "training", "order": order, **gtn.summary(test)}
+        for order, test in tests.items()
+    ]
     rows.append({"architecture": "half width", "order": "in order", **gtn.summary([0.0, 0.0])})
     gtn.write(folder / "evaluation.json", origin | {"step": steps, "rows": rows})
     if teacher:
@@ -69,7 +101,9 @@ def test_running_mean_and_mean_over_seeds_by_hand():
     values = np.array([100.0, 10, 4, 1, 7, 3, 2])
     assert analyze.running_mean(values, 2).tolist() == [100, 10, 5, 4, 3.4, 3.25, 4]
     axes, x, config = analyze.Figure().subplots(), np.arange(3), gtn.Config()
-    analyze.draw_mean(axes, [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))], config, log=True)
+    analyze.draw_mean(
+        axes, [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))], config, log=True
+    )
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [2, 2**0.5, 2])
     top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
     np.testing.assert_allclose(top, 2 * np.exp(np.log(4) / 2**0.5))
@@ -79,46 +113,81 @@ def test_training_and_rates(tmp_path):
     make_run(tmp_path)
     make_run(tmp_path, 1)
     error, loss = map(curve, analyze.draw_training(*read(tmp_path))[0].axes)
-    np.testing.assert_allclose(error, [(step, 0.25 / (1 + step)) for step in range(5)])  # geometric: 1/2 and 1/8
+    np.testing.assert_allclose(
+        error, [(step, 0.25 / (1 + step)) for step in range(5)]
+    )  # geometric: 1/2 and 1/8
     np.testing.assert_allclose(loss, [(step, 2 / step) for step in range(1, 5)])
     lr, _, inner_lr, inner_momentum = map(curve, analyze.draw_rates(*read(tmp_path))[0].axes)
-    np.testing.assert_allclose(lr, [(step, 0.04) for step in range(5)])  # geometric mean of 0.02 and 0.08
+    np.testing.assert_allclose(
+        lr, [(step, 0.04) for step in range(5)]
+    )  # geometric mean of 0.02 and 0.08
     np.testing.assert_allclose(inner_lr, [(1, 0.02), (2, 0.04), (3, 0.06)])
     np.testing.assert_allclose(inner_momentum[:, 1], 0.9)
 
 
 def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
-    budget = {"name": "A", "dataset": "mnist", "inner_steps": 20, "batch_size": 32, "outer_steps": 5000}
+    budget = {
+        "name": "A",
+        "dataset": "mnist",
+        "inner_steps": 20,
+        "batch_size": 32,
+        "outer_steps": 5000,
+    }
     make_run(tmp_path, **budget)
     make_run(tmp_path, 1, **budget)
     make_run(tmp_path, variant="real", **budget)
     axes = analyze.draw_orders(*read(tmp_path))[0].axes[0]
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
-    assert labels == [f"{variant}, {order}" for variant in ("learned", "real") for order in gtn.ORDERS]
+    assert labels == [
+        f"{variant}, {order}" for variant in ("learned", "real") for order in gtn.ORDERS
+    ]
     shuffled = [line for line in axes.lines if set(line.get_ydata()) == {1}]
-    np.testing.assert_allclose([x.get_xdata() for x in shuffled if x.get_marker() == "|"], [[0.5, 0.6]])
-    assert any(np.allclose(x.get_xdata(), 0.55) for x in axes.lines if len(x.get_xdata()))  # median of .4, .6, .5, .7
+    np.testing.assert_allclose(
+        [x.get_xdata() for x in shuffled if x.get_marker() == "|"], [[0.5, 0.6]]
+    )
+    assert any(
+        np.allclose(x.get_xdata(), 0.55) for x in axes.lines if len(x.get_xdata())
+    )  # median of .4, .6, .5, .7
     known = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "s"]
     assert known == [[[0.973, 0]], [[0.763, 1]]]  # of `learned` alone
     curve, *marks = analyze.draw_steps(*read(tmp_path))[0].axes[0].lines
     np.testing.assert_allclose(curve.get_xydata(), [(1 + t, 0.2 * t) for t in range(20)])
     assert [x.get_xydata().tolist() for x in marks if x.get_marker() == "s"] == [[[20, 0.973]], []]
-    for changes in ({"dataset": "kmnist"}, {"outer_steps": 400}, {"inner_steps": 10, "batch_size": 12}):
+    for changes in (
+        {"dataset": "kmnist"},
+        {"outer_steps": 400},
+        {"inner_steps": 10, "batch_size": 12},
+    ):
         other = gtn.Config(**budget | changes)
-        assert [analyze.known(source, other, "in order") for source in analyze.KNOWN] == [None, None]
+        assert [analyze.known(source, other, "in order") for source in analyze.KNOWN] == [
+            None,
+            None,
+        ]
 
 
 def test_teachers_trained_under_an_order(tmp_path):
     """Each beside what the paper reports for it, and apart from what shuffling afterwards does."""
-    budget = {"name": "paper", "dataset": "mnist", "inner_steps": 32, "batch_size": 128, "outer_steps": 2000}
+    budget = {
+        "name": "paper",
+        "dataset": "mnist",
+        "inner_steps": 32,
+        "batch_size": 128,
+        "outer_steps": 2000,
+    }
     for variant, order in [*(("learned", order) for order in gtn.ORDERS), ("random", "in order")]:
         make_run(tmp_path, variant=variant, order=order, **budget)
     kinds, config = read(tmp_path)
     assert list(kinds) == ["learned", "learned-batch-shuffled", "learned-all-shuffled", "random"]
     axes = analyze.draw_training(kinds, config)[0].axes[0]
-    marks = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "*" and len(x.get_xdata())]
+    marks = [
+        x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "*" and len(x.get_xdata())
+    ]
     assert marks == [[[2000, pytest.approx(1 - x)]] for x in (0.985, 0.974, 0.969, 0.957)]
-    dashes = {x.get_label(): (x.get_linestyle(), x.get_color()) for x in axes.lines if x.get_label() in kinds}
+    dashes = {
+        x.get_label(): (x.get_linestyle(), x.get_color())
+        for x in axes.lines
+        if x.get_label() in kinds
+    }
     assert [*dashes.values()] == [(x, "#0072B2") for x in ("-", "--", ":")] + [("-", "#009E73")]
     words = [f"{np.mean(TESTS[order]):.3f} +- 0.141 (2 fresh learners)" for order in gtn.ORDERS]
     rows = [
@@ -128,7 +197,9 @@ def test_teachers_trained_under_an_order(tmp_path):
         ["paper", "random", "in order", words[0], words[0], "0.957", "-"],
     ]
     assert analyze.order_table({"paper": kinds})[1:] == rows
-    kinds["learned"][0].evaluation["batch-shuffled"] = np.array([0.25])  # shuffled afterwards, by this one alone
+    kinds["learned"][0].evaluation["batch-shuffled"] = np.array(
+        [0.25]
+    )  # shuffled afterwards, by this one alone
     assert analyze.order_table({"paper": kinds})[2][3:5] == ["0.250 (1 fresh learners)", words[1]]
     del kinds["learned-batch-shuffled"]
     assert analyze.order_table({"paper": kinds})[2][4:] == ["-", "-", "-"]
@@ -136,7 +207,9 @@ def test_teachers_trained_under_an_order(tmp_path):
 
 @pytest.mark.parametrize("variant", ["learned", "real"])
 def test_images_figure(tmp_path, variant):
-    run = analyze.read_run(make_run(tmp_path, variant=variant, teacher=True, steps=0) / "config.json", [])
+    run = analyze.read_run(
+        make_run(tmp_path, variant=variant, teacher=True, steps=0) / "config.json", []
+    )
     axes = analyze.draw_images(run)[0].axes[0]
     (picture,) = axes.images
     sheet, curriculum = picture.get_array(), run.teacher["curriculum"]
@@ -154,7 +227,18 @@ def test_result_table(tmp_path):
         make_run(tmp_path, seed)
     _, row, *others = analyze.result_table({"toy": read(tmp_path)[0]})
     std, between = np.std([0.5, 0.7, 0.6, 0.8], ddof=1), 0.1 / 2**0.5
-    expected = ["toy", "learned", "in order", f"0.650 +- {std:.3f}", "4", "2", f"{between:.3f}", *"--", "4", "2.0"]
+    expected = [
+        "toy",
+        "learned",
+        "in order",
+        f"0.650 +- {std:.3f}",
+        "4",
+        "2",
+        f"{between:.3f}",
+        *"--",
+        "4",
+        "2.0",
+    ]
     assert (row, len(others)) == ([*expected, DEVICE], 2)
 
 
@@ -166,8 +250,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_left_out(tmp_path):
     make_run(tmp_path / "copy", 1)
     runs = [analyze.read_run(path, []) for path in tmp_path.rglob("config.json")]
     groups, remarks = analyze.group_runs(runs)
-    assert {v: [x.config.seed for x in found] for v, found in groups["toy"].items()} == {"learned": [0, 1]}
-    assert [re.search(r"its (.*) does", x)[1] for x in remarks] == ["seed", "outer_lr", "inner_steps"]
+    assert {v: [x.config.seed for x in found] for v, found in groups["toy"].items()} == {
+        "learned": [0, 1]
+    }
+    assert [re.search(r"its (.*) does", x)[1] for x in remarks] == [
+        "seed",
+        "outer_lr",
+        "inner_steps",
+    ]
 
 
 def test_unknown_variant(tmp_path, monkeypatch):
@@ -184,11 +274,20 @@ def test_ranking():
     np.testing.assert_allclose(top.collections[0].get_offsets()[0], [0.934, (0.9904 + 0.9899) / 2])
     spots = {bar.get_label(): bar[0].get_xydata()[0].round(3).tolist() for bar in bottom.containers}
     assert (spots["teacher"], spots["noise ceiling"]) == ([0.822, 0.693], [55.914, 0.522])
-    assert next(spot for label, spot in spots.items() if label[0] == "_") == [0.904, 0.218]  # the teacher's, partial
+    assert next(spot for label, spot in spots.items() if label[0] == "_") == [
+        0.904,
+        0.218,
+    ]  # the teacher's, partial
     table = {row[0]: row[1:] for row in analyze.search_table(search)}
     intervals = "0.69 [0.49, 0.84]", "0.05 [-0.32, 0.48]", "0.22 [0.02, 0.45]", "0.54 [0.36, 0.69]"
     assert table["teacher"] == [*intervals, "0.00 [0.00, 0.00]", "0.822", "0.9916"]
-    assert table["multiply-adds"][2:] == ["-", "0.55 [0.37, 0.68]", "-0.02 [-0.11, 0.07]", "-", "0.9911"]
+    assert table["multiply-adds"][2:] == [
+        "-",
+        "0.55 [0.37, 0.68]",
+        "-0.02 [-0.11, 0.07]",
+        "-",
+        "0.9911",
+    ]
 
 
 def test_command_line_pages_and_default_folder(tmp_path):
@@ -196,22 +295,37 @@ def test_command_line_pages_and_default_folder(tmp_path):
     make_run(tmp_path, variant="real", steps=2)
     result, out = shell("--runs", tmp_path, script="analyze.py"), tmp_path / "figures"
     assert (result.returncode, result.stderr) == (0, "")
-    assert "toy-real-s0: 2 of 4 outer steps: python gtn.py --variant real --seed 0 --resume\n" in result.stdout
-    pictures = {f"toy-{name}.png" for name in ("training", "orders", "steps", "rates", "learned-s0-images")}
+    assert (
+        "toy-real-s0: 2 of 4 outer steps: python gtn.py --variant real --seed 0 --resume\n"
+        in result.stdout
+    )
+    pictures = {
+        f"toy-{name}.png" for name in ("training", "orders", "steps", "rates", "learned-s0-images")
+    }
     assert {path.name for path in out.iterdir()} == {*pictures, "README.md", "report.html"}
     markdown, page = ((out / name).read_text() for name in ("README.md", "report.html"))
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", markdown)) == pictures
     assert "a &lt;b&gt;device&lt;/b&gt; | of ours" in page
     assert "| a &lt;b&gt;device&lt;/b&gt; \\| of ours |" in markdown
-    assert not re.search(r"<(script|link|iframe|a|b)\b|href|url\(|@import|https?:", re.sub('base64,[^"]*', "", page))
+    assert not re.search(
+        r"<(script|link|iframe|a|b)\b|href|url\(|@import|https?:", re.sub('base64,[^"]*', "", page)
+    )
 
 
-@pytest.mark.parametrize("content", [b"\xff{", b"{}\n", b"[1]\n", b""], ids=["bytes", "empty", "list", "nothing"])
+@pytest.mark.parametrize(
+    "content", [b"\xff{", b"{}\n", b"[1]\n", b""], ids=["bytes", "empty", "list", "nothing"]
+)
 def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path, capsys, monkeypatch, content):
     monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)  # takes most of the time
     damaged = make_run(tmp_path, teacher=True)
     make_run(tmp_path, 2)
-    names = ["log.jsonl", "evaluation.json", "teacher.pt", "nas.json", "../toy-learned-s2/config.json"]
+    names = [
+        "log.jsonl",
+        "evaluation.json",
+        "teacher.pt",
+        "nas.json",
+        "../toy-learned-s2/config.json",
+    ]
     for name in names:
         (damaged / name).write_bytes(content)
     make_run(tmp_path, 1)
@@ -219,10 +333,15 @@ def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path, capsys, monkeyp
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == len(names)
     assert all(any(name.split("/")[-1] in line for line in errors) for name in names)
-    assert "| toy | learned | in order | 0.700 +- 0.141 | 2 | 1 |" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "| toy | learned | in order | 0.700 +- 0.141 | 2 | 1 |"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 def test_nothing_to_draw(tmp_path, capsys):
     assert run("--runs", tmp_path) == 2
-    assert capsys.readouterr().err.startswith(f"analyze.py: error: nothing to draw in {tmp_path}: make a run with")
+    assert capsys.readouterr().err.startswith(
+        f"analyze.py: error: nothing to draw in {tmp_path}: make a run with"
+    )
     assert [*tmp_path.iterdir()] == []

@@ -18,13 +18,17 @@ def test_a_run_end_to_end(tmp_path):
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "quick-learned-s7"
     assert f"runs/{folder.name}: 3 of 3 outer steps" in result.stdout
-    assert re.search(r"training +all-shuffled +0\.\d+ \+- 0\.\d+ \(4 fresh learners\)", result.stdout)
+    assert re.search(
+        r"as trained +all-shuffled +0\.\d+ \+- 0\.\d+ \(4 fresh learners\)", result.stdout
+    )
     assert "validation 0." in result.stderr
     files = ["checkpoint.pt", "config.json", "evaluation.json", "log.jsonl", "teacher.pt"]
     assert sorted(p.name for p in folder.iterdir()) == files
 
     lines = gtn.read(folder / "log.jsonl")
-    assert [line["event"] for line in lines] == "start validation step step validation step validation".split()
+    assert [
+        line["event"] for line in lines
+    ] == "start validation step step validation step validation".split()
     assert [line["step"] for line in lines] == [0, 0, 1, 2, 2, 3, 3]
     assert lines[1]["accuracy"]["n"] == 2
     assert len(lines[1]["lr"]) == len(lines[1]["momentum"]) == 3
@@ -44,68 +48,115 @@ def test_a_run_end_to_end(tmp_path):
 def test_variants_run_and_are_evaluated(run_gtn, tmp_path, kind):
     variant, _, order = kind.partition("-")
     orders = sorted(gtn.ORDERS, key=lambda x: x != (order or "in order"))  # its own comes first
-    status, _, error = run_gtn("--outer-steps", "2", "--variant", variant, "--set", f"order={orders[0]}")
+    status, _, error = run_gtn(
+        "--outer-steps", "2", "--variant", variant, "--set", f"order={orders[0]}"
+    )
     assert status == 0, error
     teacher = tmp_path / "runs" / f"quick-{kind}-s0" / "teacher.pt"
-    first = {(row["architecture"], row["order"]): row for row in gtn.read(teacher.with_name("evaluation.json"))["rows"]}
-    wanted = [("training", order) for order in (*orders, "every step")]
-    assert list(first) == wanted + [(name, orders[0]) for name in ("double width", "one more block")]
-    assert torch.tensor(first["training", "every step"]["accuracies"]).shape == (1, 3)
+    rows = gtn.read(teacher.with_name("evaluation.json"))["rows"]
+    keys = "architecture", "order", "every_step"
+    first = {tuple(row[key] for key in keys): row for row in rows}
+    wanted = [("as trained", order, False) for order in orders]
+    wanted += [("as trained", orders[0], True)]
+    wanted += [(name, orders[0], False) for name in ("double width", "one more block")]
+    assert list(first) == wanted
+    assert torch.tensor(first["as trained", orders[0], True]["accuracies"]).shape == (1, 3)
     for resume, n in (((), 3), (("--resume",), 3), (("--resume",), 2)):
         status, output, error = run_gtn("--evaluate", teacher, "--learners", n, *resume)
         assert status == 0, error
-        rows = [row for row in gtn.read(teacher.with_name("evaluation.json"))["rows"] if row["n"] == n]
+        rows = [
+            row for row in gtn.read(teacher.with_name("evaluation.json"))["rows"] if row["n"] == n
+        ]
         for row, order in zip(rows, orders, strict=False):
             assert row["order"] == order
-            assert row["accuracies"][:2] == first["training", order]["accuracies"]  # the same learners
+            assert (
+                row["accuracies"][:2] == first["as trained", order, False]["accuracies"]
+            )  # the same learners
         assert f"{rows[0]['mean']:.3f}" in output
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(run_gtn, tmp_path, monkeypatch):
     assert run_gtn("--outer-steps", "1")[0] == 0
-    teacher, measured, original = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt", [], gtn.evaluate
+    teacher = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    original = gtn.evaluate
+    measured = []
 
-    def interrupted(*arguments):
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        measured.append(arguments[4])
-        return original(*arguments)
+    def stopped_after(count):
+        def evaluate(teacher, data, split, learners, *test):
+            if len(measured) == count:
+                raise KeyboardInterrupt
+            measured.append(test)
+            return original(teacher, data, split, learners, *test)
 
-    monkeypatch.setattr(gtn, "evaluate", interrupted)
+        return evaluate
+
+    monkeypatch.setattr(gtn, "evaluate", stopped_after(2))
     status, _, error = run_gtn("--evaluate", teacher, "--learners", 3)
     assert (status, error.count("\n")) == (130, 1)
-    monkeypatch.setattr(gtn, "evaluate", lambda *arguments: (measured.append(arguments[4]), original(*arguments))[1])
+    monkeypatch.setattr(gtn, "evaluate", stopped_after(None))
     assert run_gtn("--evaluate", teacher, "--learners", 3, "--resume")[0] == 0
-    assert measured == [*gtn.ORDERS, "every step", *["in order"] * 2]
+    expected = [(order, "as trained", False) for order in gtn.ORDERS]
+    expected += [("in order", "as trained", True)]
+    expected += [("in order", name, False) for name in ("double width", "one more block")]
+    assert measured == expected
     assert run_gtn("--evaluate", teacher, "--learners", 3, "--resume")[0] == 0
     assert len(measured) == 6
 
 
 def test_rows_of_an_evaluation(run_gtn, tmp_path):
-    """Batch normalisation has a transductive figure; three blocks leave no room for one more."""
-    status, _, error = run_gtn("--outer-steps", "1", settings=[*TINY, "normalization=batch", "filters=[2,2,2,2]"])
+    """Batch normalization is transductive, every row says so; four blocks leave no room for more."""
+    settings = [*TINY, "normalization=batch", "filters=[2,2,2,2]"]
+    status, output, error = run_gtn("--outer-steps", "1", settings=settings)
     assert status == 0, error
+    assert output.count(" fresh learners, transductive)") == 5
     rows = gtn.read(tmp_path / "runs" / "quick-learned-s0" / "evaluation.json")["rows"]
-    assert [row["order"] for row in rows] == [*gtn.ORDERS, "transductive", "every step", "in order"]
-    assert [row["n"] for row in rows] == [2, 2, 2, 2, 1, 1]  # fewer for what is no main figure
+    assert all(row["transductive"] for row in rows)
+    assert [row["order"] for row in rows] == [*gtn.ORDERS, "in order", "in order"]
+    assert [row["n"] for row in rows] == [2, 2, 2, 1, 1]  # fewer for what is no main figure
     assert rows[-1]["architecture"] == "double width"
-    assert rows[3]["accuracies"] != rows[0]["accuracies"]
+
+
+def test_an_older_evaluation_is_read(tmp_path):
+    old = [("training", "in order"), ("training", "every step"), ("double width", "in order")]
+    rows = [{"architecture": name, "order": order, **gtn.summary([0.5])} for name, order in old]
+    content = {"config": {"order": "all-shuffled"}, "step": 3, "rows": rows}
+    gtn.write(tmp_path / "evaluation.json", content)
+    step, rows = gtn.read_evaluation(tmp_path / "evaluation.json")
+    keys = "architecture", "order", "every_step"
+    assert step == 3
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("as trained", "in order", False),
+        ("as trained", "all-shuffled", True),
+        ("double width", "in order", False),
+    ]
 
 
 def test_help_lists_every_setting():
     result = shell("--help")
     assert result.returncode == 0
     for field in gtn.dataclasses.fields(gtn.Config):
-        assert re.search(rf"^    {field.name}: \w+ = .*  # \w+", result.stdout, re.MULTILINE), field.name
+        pattern = rf"^  {field.name}: .*like .+\n      \w+"
+        assert re.search(pattern, result.stdout, re.MULTILINE), field.name
 
 
 def test_configs_hold_differences_alone():
     defaults = {f.name: f.default for f in gtn.dataclasses.fields(gtn.Config)}
     configs = json.loads((ROOT / "configs.json").read_text())
     for name, changes in configs.items():
-        assert all(json.dumps(defaults[key]) != json.dumps(value) for key, value in changes.items()), name
-    shapes = {name: (c.dataset, c.inner_steps, c.batch_size) for name in configs for c in [gtn.make_config(name)]}
-    expected = {"quick": ("glyphs", 10, 32), "A": ("mnist", 20, 32), "B": ("mnist", 10, 32), "C": ("mnist", 10, 16)}
+        assert all(
+            json.dumps(defaults[key]) != json.dumps(value) for key, value in changes.items()
+        ), name
+    shapes = {
+        name: (c.dataset, c.inner_steps, c.batch_size)
+        for name in configs
+        for c in [gtn.make_config(name)]
+    }
+    expected = {
+        "quick": ("glyphs", 10, 32),
+        "A": ("mnist", 20, 32),
+        "B": ("mnist", 10, 32),
+        "C": ("mnist", 10, 16),
+    }
     assert shapes.items() >= (expected | {"paper": ("mnist", 32, 128)}).items()
     assert gtn.make_config("A").filters == (64, 128)
     assert gtn.make_config("B", ["seed=3", "variant=random", "filters=[1,[2,3]]"], seed=4).seed == 4
@@ -115,34 +166,44 @@ REFUSED = [
     ("--config nosuch", "unknown config 'nosuch'"),
     ("--variant nosuch", 'variant="nosuch": must be one of learned'),
     ("--set order=sorted", 'order="sorted": must be one of in order, batch-shuffled, all-shuffled'),
-    ("--variant real --set order=all-shuffled", "order=all-shuffled: must be in order with variant=real"),
-    ("--variant random --set order=batch-shuffled", "order=batch-shuffled: must be in order with variant=random"),
+    (
+        "--variant real --set order=all-shuffled",
+        "order=all-shuffled: must be in order with variant=real",
+    ),
+    (
+        "--variant random --set order=batch-shuffled",
+        "order=batch-shuffled: must be in order with variant=random",
+    ),
     ("--set nosuch=1", "unknown setting 'nosuch'"),
-    ("--set inner_steps=many", 'inner_steps="many": must be like 20, from 1'),
-    ("--set inner_steps", 'inner_steps="": must be like 20'),
-    ("--set inner_steps=0", "inner_steps=0: must be like 20, from 1"),
-    ("--set batch_size=1", "batch_size=1: must be like 32, from 2"),
-    ("--set batch_size=2.5", "batch_size=2.5: must be like 32"),
-    ("--set filters=[0,4]", "filters=[0, 4]: must be like [64, 128]"),
+    ("--set inner_steps=many", 'inner_steps="many": must be from 1 to 100,000, like 20'),
+    ("--set inner_steps", 'inner_steps="": must be from 1'),
+    ("--set inner_steps=0", "inner_steps=0: must be from 1"),
+    ("--set batch_size=1", "batch_size=1: must be from 2"),
+    ("--set batch_size=2.5", "batch_size=2.5: must be from 2"),
+    ("--set filters=[0,4]", "filters=[0, 4]: must be from 1 to 65,535, like [64, 128]"),
     ("--set filters=[]", "filters=[]: must be"),
     ("--set filters=[[5,4]]", "filters=[[5, 4]]: must be"),
+    ("--set filters=[[5,6,7]]", "filters=[[5, 6, 7]]: must be"),
+    ("--set kernels=[3,4]", "kernels=[3, 4]: must be a list of 1, 3, 5, 7, like [3]"),
+    ("--set kernels=[[3,5]]", "kernels=[[3, 5]]: must be a list"),
     ("--set filters=[4,4,4,4,4,4]", "6 conv blocks are too deep for images of 28x28"),
-    ("--set outer_lr=NaN", "outer_lr=NaN: must be like 0.02, from 0"),
-    ("--set outer_beta1=1", "outer_beta1=1: must be like 0.5, from 0 to 0.9999"),
+    ("--set outer_lr=NaN", "outer_lr=NaN: must be from 0 to 100,000, like 0.02"),
+    ("--set outer_beta1=1", "outer_beta1=1: must be from 0 to 0.9999, like 0.5"),
     ("--set name=../elsewhere", "name="),
     ("--set name=123", "name=123: must be like"),
     ("--set flat=1", "flat=1: must be like false"),
-    ("--set hidden_size=2000000000", "hidden_size=2000000000: must be like 512, from 1 to 100,000"),
+    ("--set hidden_size=2000000000", "hidden_size=2000000000: must be from 1 to 100,000"),
     ("--set inner_steps=2147483647", "inner_steps=2147483647: must be"),
     ("--set meta_batch_size=2000000000", "meta_batch_size=2000000000: must be"),
     ("--set filters=[1048575]", "filters=[1048575]: must be"),
-    ("--set hidden_size=100000 generator_filters=100000", "out of memory: choose smaller sizes"),
-    ("--outer-steps 0", "outer_steps=0: must be like 5000, from 1"),
+    ("--set hidden_size=100000 generator_filters=100000", "out of memory: reduce batch_size"),
+    ("--outer-steps 0", "outer_steps=0: must be from 1 to 10,000,000"),
     ("--outer-steps x", "argument --outer-steps: invalid int value: 'x'"),
-    ("--seed -1", "seed=-1: must be like 0, from 0"),
+    ("--seed -1", "seed=-1: must be from 0"),
     ("--stop-after 0", "--stop-after: must be at least 1"),
     ("--device tpu", "--device tpu: must be auto, cpu or cuda"),
-    *[("--device cuda", "must be auto, cpu or cuda; 0 CUDA devices are here")] * (not torch.cuda.is_available()),
+    *[("--device cuda", "must be auto, cpu or cuda; 0 CUDA devices are here")]
+    * (not torch.cuda.is_available()),
     ("--nosuch", "unrecognized arguments: --nosuch"),
     ("--evaluate nosuch.pt", "cannot read nosuch.pt"),
     ("--evaluate nosuch.pt --seed 0", "--evaluate goes with --learners"),
@@ -162,9 +223,13 @@ def test_bad_input(run_gtn, tmp_path, arguments, message):
 @pytest.mark.parametrize("size", ["filters=[65535,65535]", "filters=[65535] batch_size=1000"])
 def test_what_does_not_fit_into_memory(tmp_path, size):
     """In a process of its own: what has been allocated by then is given back."""
-    result = shell("--runs", tmp_path, "--device", "cpu", "--set", *TINY, *size.split(), cwd=tmp_path)
+    result = shell(
+        "--runs", tmp_path, "--device", "cpu", "--set", *TINY, *size.split(), cwd=tmp_path
+    )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1].startswith("gtn.py: error: out of memory: choose smaller sizes")
+    assert result.stderr.splitlines()[-1].startswith(
+        "gtn.py: error: out of memory: reduce batch_size"
+    )
     assert "Traceback" not in result.stderr
 
 
@@ -182,7 +247,14 @@ def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    where = ["--set", f"dataset={dataset}", "--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    where = [
+        "--set",
+        f"dataset={dataset}",
+        "--data",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     status = gtn.run("gtn.py", gtn.main, ["--config", "A", *where])
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
@@ -204,8 +276,29 @@ def test_labels_that_are_none(labels, monkeypatch):
 
 def test_a_malformed_setting_is_an_input_error():
     """Every field with every value: a valid Config, or an error of one line."""
-    values = ["", "null", "[]", "{}", "[[[]]]", '"', "9" * 400, *"-1 0 1e400 1e5 NaN Infinity true x".split()]
-    values += ["[1,[2,3]]", "[[3,2]]", '["a"]', "[" * 5000, "\ud800", "é", "1" * 5000, "..", "\0", "[3,true]", "[3.0]"]
+    values = [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "[[[]]]",
+        '"',
+        "9" * 400,
+        *"-1 0 1e400 1e5 NaN Infinity true x".split(),
+    ]
+    values += [
+        "[1,[2,3]]",
+        "[[3,2]]",
+        '["a"]',
+        "[" * 5000,
+        "\ud800",
+        "é",
+        "1" * 5000,
+        "..",
+        "\0",
+        "[3,true]",
+        "[3.0]",
+    ]
     refused = []
     for name, value in itertools.product([*gtn.Config.__dataclass_fields__, "nosuch", ""], values):
         try:
@@ -225,7 +318,9 @@ def test_damaged_configs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["meta-loss", "phi"])
-def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(run_gtn, tmp_path, monkeypatch, what):
+def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(
+    run_gtn, tmp_path, monkeypatch, what
+):
     original, calls = gtn.meta_gradient, []
 
     def explode(*arguments):

@@ -24,9 +24,13 @@ def contents(folder):
 
 def comparable(folder):
     """What two runs must share bit for bit: the log without its times, the tensors, the test accuracies."""
-    lines = [line for line in gtn.read(folder / "log.jsonl") if line["event"] in ("step", "validation")]
+    lines = [
+        line for line in gtn.read(folder / "log.jsonl") if line["event"] in ("step", "validation")
+    ]
     content, checkpoint = gtn.read(folder / "teacher.pt"), gtn.read(folder / "checkpoint.pt")
-    moments = {f"{i} {key}": x for i, m in checkpoint["optimizer"]["state"].items() for key, x in m.items()}
+    moments = {
+        f"{i} {key}": x for i, m in checkpoint["optimizer"]["state"].items() for key, x in m.items()
+    }
     tensors = {**content["teacher"], **content["curriculum"], **moments}
     rows = gtn.read(folder / "evaluation.json")["rows"]
     times = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -35,16 +39,38 @@ def comparable(folder):
 
 def test_torchrun(tmp_path):
     """Two processes, stopped, refused, resumed: rank 0's files, the losses of one process with two learners."""
-    settings = ["--device", "cpu", "--outer-steps", 4, "--set", *TINY, "test_learners=1", "order=all-shuffled"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "gtn.py"]
+    settings = [
+        "--device",
+        "cpu",
+        "--outer-steps",
+        4,
+        "--set",
+        *TINY,
+        "test_learners=1",
+        "order=all-shuffled",
+    ]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        ROOT / "gtn.py",
+    ]
     calls = (["--stop-after", 2], [], ["--resume"])
-    results = [shell(*settings, "--runs", tmp_path / "two", *more, script=torchrun) for more in calls]
+    results = [
+        shell(*settings, "--runs", tmp_path / "two", *more, script=torchrun) for more in calls
+    ]
     assert [result.returncode for result in results] == [0, 1, 0], results
-    assert results[-1].stdout.count("all-shuffled  ") == 3  # the architecture that it knows and two others, once each
-    assert results[1].stderr.count("Traceback") == 1, results[1].stderr  # torchrun's own, which ends with our line
-    assert "traceback : error: " in results[1].stderr.splitlines()[-2]
+    assert (
+        results[-1].stdout.count("all-shuffled  ") == 3
+    )  # the architecture that it knows and two others, once each
+    assert results[1].stderr.count("gtn.py: error: ") == 1, results[1].stderr
     assert shell(*settings, "learners_per_step=2", "--runs", tmp_path / "one").returncode == 0
-    two, one = (gtn.read(tmp_path / name / "quick-learned-all-shuffled-s0" / "log.jsonl") for name in ("two", "one"))
+    two, one = (
+        gtn.read(tmp_path / name / "quick-learned-all-shuffled-s0" / "log.jsonl")
+        for name in ("two", "one")
+    )
     assert [line["event"] for line in two].count("resume") == 1
     assert (two[0]["environment"]["ranks"], one[0]["environment"]["ranks"]) == (2, 1)
     losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]
@@ -75,8 +101,12 @@ def start(tmp_path, steps, *more):
     arguments += ["--set", *TINY, "test_learners=1", "order=batch-shuffled"]
     command = [sys.executable, str(ROOT / "gtn.py"), *map(str, arguments)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # faster for networks as small as these
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in the background
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored, and inherited so, in the background
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
+    )
 
 
 def checkpoint_step(folder):
@@ -105,15 +135,6 @@ def test_ctrl_c_and_a_second_process(tmp_path):
     assert error.splitlines()[-1].startswith("gtn.py: interrupted")
     assert "--resume continues" in error
     assert checkpoint_step(folder) >= 2
-
-
-def test_ctrl_c_while_pytorch_is_imported(tmp_path):
-    process = start(tmp_path, 1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error
 
 
 def test_kill_9_at_random_moments(tmp_path, request):
@@ -175,7 +196,13 @@ def damages(content, tmp_path):
         yield "another log_lr", packed(loaded | {"teacher": loaded["teacher"] | {"log_lr": value}})
     for step in (2.5, "1", -1, 4, 10**9):
         yield f"step {step}", packed(loaded | {"step": step})
-    sizes = {"hidden_size": 2 * 10**9, "latent_size": 10**7, "inner_steps": 10**5, "filters": "many", "nosuch": 1}
+    sizes = {
+        "hidden_size": 2 * 10**9,
+        "latent_size": 10**7,
+        "inner_steps": 10**5,
+        "filters": "many",
+        "nosuch": 1,
+    }
     for key, value in sizes.items():
         yield f"{key}={value}", packed(loaded | {"config": loaded["config"] | {key: value}})
     nan, curriculum = torch.tensor(torch.nan), loaded["curriculum"]
@@ -184,7 +211,10 @@ def damages(content, tmp_path):
     for x in (torch.ones(2), nan.repeat(1), 0.002 + loaded["std"]):  # the last: of other images
         yield f"std {x}", packed(loaded | {"std": x})
     images, labels = curriculum["images"], curriculum["labels"]
-    changes = [("images", x) for x in (images.double(), images.long(), images.cfloat(), images[..., :27], images * nan)]
+    changes = [
+        ("images", x)
+        for x in (images.double(), images.long(), images.cfloat(), images[..., :27], images * nan)
+    ]
     changes += [("labels", x) for x in (labels - 1, labels + 5, labels.float(), labels[:2])]
     for key, x in [*changes, ("lr", torch.full((3,), torch.nan)), ("momentum", torch.ones(4))]:
         yield f"another {key}", packed(loaded | {"curriculum": curriculum | {key: x}})
@@ -193,8 +223,10 @@ def damages(content, tmp_path):
 def test_damaged_files_are_refused_in_one_line(run_gtn, tmp_path):
     assert run_gtn("--outer-steps", "3", "--stop-after", "1")[0] == 0
     folder = tmp_path / "runs" / "quick-learned-s0"
-    commands = {"teacher.pt": ["--evaluate", folder / "teacher.pt", "--learners", "1"],
-                "checkpoint.pt": ["--outer-steps", "3", "--resume"]}  # fmt: skip
+    commands = {
+        "teacher.pt": ["--evaluate", folder / "teacher.pt", "--learners", "1"],
+        "checkpoint.pt": ["--outer-steps", "3", "--resume"],
+    }
     for name, command in commands.items():
         good, seen = (folder / name).read_bytes(), 0
         for what, content in damages(good, tmp_path):
@@ -251,7 +283,12 @@ def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (snippet,) = [block for block in blocks if "torch.optim.SGD" in block]
     assert "gtn" not in re.sub(r'"[^"]*"', "", snippet.partition("\nimport gtn")[0])
-    settings = ["filters=[24,48]", "test_learners=1", "validation_learners=1", "validate_every=1000"]
+    settings = [
+        "filters=[24,48]",
+        "test_learners=1",
+        "validation_learners=1",
+        "validate_every=1000",
+    ]
     run = shell("--outer-steps", 60, "--device", "cpu", "--set", *settings, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     data = few_glyphs()
@@ -262,6 +299,8 @@ def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch, capsys):
     for seed in range(8):
         torch.manual_seed(seed)
         exec(snippet, {})
-    accuracies = [float(x) for x in re.findall(r"^accuracy (.*)", capsys.readouterr().out, re.MULTILINE)]
+    accuracies = [
+        float(x) for x in re.findall(r"^accuracy (.*)", capsys.readouterr().out, re.MULTILINE)
+    ]
     assert gtn.summary(accuracies)["mean"] == pytest.approx(expected, abs=0.05)
     assert expected > 0.4

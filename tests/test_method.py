@@ -7,12 +7,15 @@ import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, as_module, parts, tiny
+from conftest import TINY, as_module, tiny
 
 import gtn
 
-NORMALIZATIONS = gtn.CHOICES["normalization"]
-CASES = [*((kind, "in order") for kind in NORMALIZATIONS), *(("instance", order) for order in gtn.ORDERS[1:])]
+NORMALIZATIONS = tuple(gtn.NORMALIZATIONS)
+CASES = [
+    *((kind, "in order") for kind in NORMALIZATIONS),
+    *(("instance", order) for order in gtn.ORDERS[1:]),
+]
 
 
 def taught(teacher, data):
@@ -39,13 +42,16 @@ def written_out(teacher, data, theta, architecture, batches):
     for t, real in enumerate(batches):
         with torch.enable_grad():
             weights = theta.detach().requires_grad_()
-            loss = F.cross_entropy(gtn.logits(weights, curriculum.images[t], architecture), curriculum.labels[t])
+            loss = F.cross_entropy(
+                gtn.logits(weights, curriculum.images[t], architecture), curriculum.labels[t]
+            )
             (gradient,) = torch.autograd.grad(loss, weights)
         velocity = curriculum.momentum[t] * velocity + gradient
         theta = theta - curriculum.lr[t] * velocity
         if real is not None:
-            found = gtn.logits(theta, real.images, architecture, reference=curriculum.images[t])
-            losses.append(F.cross_entropy(found, real.labels))
+            losses.append(
+                F.cross_entropy(gtn.logits(theta, real.images, architecture), real.labels)
+            )
     return sum(losses) / len(losses)
 
 
@@ -64,24 +70,29 @@ def finite_differences(teacher, *problem, step=1e-6):
     differences = {}
     for name, parameter in teacher.named_parameters():
         coordinates = parameter.data.view(-1)
-        differences[name] = torch.stack([difference(coordinates, i) for i in range(len(coordinates))]).view_as(
-            parameter
-        )
+        differences[name] = torch.stack(
+            [difference(coordinates, i) for i in range(len(coordinates))]
+        ).view_as(parameter)
     return differences
 
 
 def relative_errors(computed, expected):
-    return {name: ((computed[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected}
+    return {
+        name: ((computed[name] - expected[name]).norm() / expected[name].norm()).item()
+        for name in expected
+    }
 
 
 @pytest.mark.parametrize(("normalization", "order"), CASES)
 def test_meta_gradient_equals_finite_differences(normalization, order):
     teacher, *problem = tiny(normalization, order=order)
     expected = finite_differences(teacher, *problem)
-    assert {"latent", "log_lr", "logit_momentum", "generator.0.weight", "generator.11.bias"} <= set(expected)
+    assert {"latent", "log_lr", "logit_momentum", "generator.0.weight", "generator.11.bias"} <= set(
+        expected
+    )
     for flat in (False, True):
         errors = relative_errors(phi_gradient(teacher, *problem, flat)[1], expected)
-        assert max(errors.values()) < 1e-6, (flat, errors)
+        assert max(errors.values()) < 1e-5, (flat, errors)
 
 
 def test_finite_differences_notice_a_first_order_meta_gradient(monkeypatch):
@@ -89,7 +100,7 @@ def test_finite_differences_notice_a_first_order_meta_gradient(monkeypatch):
     expected = finite_differences(teacher, *problem)
     original = torch.autograd.grad
 
-    def forgetful(outputs, inputs, grad_outputs=None, create_graph=False):
+    def forgetful(outputs, inputs, grad_outputs=None, **_):
         return original(outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True)
 
     monkeypatch.setattr(torch.autograd, "grad", forgetful)
@@ -103,7 +114,9 @@ def test_finite_differences_notice_a_first_order_meta_gradient(monkeypatch):
 @pytest.mark.parametrize("variant", ["learned", "random_fixed", "pixels"])
 def test_flat_equals_the_full_graph(normalization, variant):
     teacher, *problem = tiny(normalization, variant=variant, inner_steps=7)
-    (loss, expected), (flat_loss, gradient) = (phi_gradient(teacher, *problem, flat) for flat in (False, True))
+    (loss, expected), (flat_loss, gradient) = (
+        phi_gradient(teacher, *problem, flat) for flat in (False, True)
+    )
     assert loss == pytest.approx(written_out(teacher, *problem).item(), abs=1e-12)
     assert flat_loss == pytest.approx(loss.item(), abs=1e-12)
     for name in expected:
@@ -122,13 +135,19 @@ def test_what_the_benchmark_times_is_one_meta_gradient(method):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])])
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (5, [5]), (9, [5])]
+)
 def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch, every, expected):
     teacher, data, theta, architecture, _ = tiny(meta_loss_every=every)
     original, found = gtn.meta_gradient, []
-    monkeypatch.setattr(gtn, "meta_gradient", lambda *arguments: found.extend(arguments[-1]) or original(*arguments))
+    monkeypatch.setattr(
+        gtn, "meta_gradient", lambda *arguments: found.extend(arguments[-1]) or original(*arguments)
+    )
     gtn.add_meta_gradient(teacher, data, theta, architecture)
-    assert [t for t, real in enumerate(found, 1) if real is not None and len(real.labels) == 12] == expected
+    assert [
+        t for t, real in enumerate(found, 1) if real is not None and len(real.labels) == 12
+    ] == expected
 
 
 def test_an_unroll_is_torch_sgd_on_the_network():
@@ -150,24 +169,85 @@ def test_an_unroll_is_torch_sgd_on_the_network():
         torch.testing.assert_close(found.detach(), reference.detach(), rtol=0, atol=1e-12)
 
 
+def other_inner_step(kind):
+    """Nesterov's momentum with weight decay, or gradient descent without any momentum."""
+
+    def inner_step(theta, velocity, images, labels, lr, momentum, architecture, create_graph=False):
+        loss = F.cross_entropy(gtn.logits(theta, images, architecture), labels)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph)
+        if kind == "plain":
+            return theta - lr * gradient, velocity
+        gradient = gradient + 0.01 * theta
+        velocity = momentum * velocity + gradient
+        return theta - lr * (gradient + momentum * velocity), velocity
+
+    return inner_step
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "plain"])
+def test_another_inner_optimizer_needs_another_inner_step_alone(monkeypatch, kind):
+    teacher, *problem = tiny()
+    sgd, _ = phi_gradient(teacher, *problem)
+    monkeypatch.setattr(gtn, "inner_step", other_inner_step(kind))
+    loss, expected = phi_gradient(teacher, *problem)
+    flat_loss, gradient = phi_gradient(teacher, *problem, flat=True)
+    assert loss != sgd
+    assert flat_loss == pytest.approx(loss.item(), abs=1e-12)
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("rest", [((4, 6), (3, 3), "max", 0), ((5, 3, 2), (5, 3, 5), "average", 7)])
-def test_learner_is_the_network_it_says(normalization, channels, rest):
+@pytest.mark.parametrize("hidden_units", [0, 7])
+def test_logits_are_the_module_s(normalization, channels, hidden_units):
     torch.manual_seed(0)
-    architecture, image_shape = gtn.Architecture(*rest[:3], normalization, rest[3]), (channels, 16, 16)
+    kernels = (5, 3, 5)
+    architecture = gtn.Architecture((5, 3, 2), kernels, "max", normalization, hidden_units)
+    image_shape = (channels, 16, 16)
     theta = gtn.init_learner(architecture, image_shape).double()
     theta += 0.1 * torch.randn_like(theta)
+    learner = as_module(theta, architecture, image_shape)
+    assert torch.equal(gtn.to_vector(learner.parameters()), theta)
     images = torch.randn(6, *image_shape, dtype=torch.float64)
-    expected = as_module(theta, architecture, image_shape)(images)
-    torch.testing.assert_close(gtn.logits(theta, images, architecture), expected, rtol=1e-10, atol=1e-10)
+    expected = learner(images)
+    torch.testing.assert_close(gtn.logits(theta, images, architecture), expected)
 
 
-def test_initialisation():
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_the_shipped_learner(normalization, pooling):
+    """Layer by layer; changes with gtn.make_learner."""
     torch.manual_seed(0)
-    architecture, image_shape = gtn.Architecture((64, 128), (3, 3), "max", "instance", 50), (1, 28, 28)
-    theta = gtn.init_learner(architecture, image_shape)
-    conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = parts(theta, architecture, image_shape)
+    architecture = gtn.Architecture((4, 6), (3, 5), pooling, normalization, 7)
+    theta = gtn.init_learner(architecture, (2, 16, 12)).double()
+    theta += 0.1 * torch.randn_like(theta)
+    module = as_module(theta, architecture, (2, 16, 12))
+    weights = iter(module.parameters())
+    images = torch.randn(6, 2, 16, 12, dtype=torch.float64)
+    x = images
+    for filters, kernel in ((4, 3), (6, 5)):
+        x = F.conv2d(x, next(weights), padding=kernel // 2)
+        x = F.max_pool2d(x, 2) if pooling == "max" else F.avg_pool2d(x, 2)
+        if normalization != "none":
+            dims = {"instance": (2, 3), "layer": (1, 2, 3), "batch": (0, 2, 3)}[normalization]
+            variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+            scale, shift = (next(weights).view(filters, 1, 1) for _ in range(2))
+            x = (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+        x = F.leaky_relu(x, 0.01)
+    x = F.leaky_relu(F.linear(x.flatten(1), next(weights), next(weights)), 0.01)
+    x = F.linear(x, next(weights), next(weights))
+    assert next(weights, None) is None
+    torch.testing.assert_close(gtn.logits(theta, images, architecture), x)
+
+
+def test_the_shipped_initialisation():
+    """Changes with gtn.make_learner."""
+    torch.manual_seed(0)
+    architecture = gtn.Architecture((64, 128), (3, 3), "max", "instance", 50)
+    theta = gtn.init_learner(architecture, (1, 28, 28))
+    parameters = gtn.to_parameters(theta, gtn.blueprint(architecture, (1, 28, 28)))
+    conv1, scale, shift, conv2, _, _, hidden, zero, weight, bias = parameters.values()
     assert conv1.var().item() == pytest.approx(2 / 9, rel=0.15)
     assert conv2.var().item() == pytest.approx(2 / (9 * 64), rel=0.02)
     assert scale.eq(1).all()
@@ -178,57 +258,55 @@ def test_initialisation():
 def test_sampled_learners_are_of_their_size():
     torch.manual_seed(0)
     config = gtn.Config(filters=((32, 63), (64, 127)))
-    first, second = zip(*(gtn.sample_architecture(config).filters for _ in range(600)), strict=True)
-    assert (min(first), max(first), min(second), max(second)) == (32, 63, 64, 127)  # both ends included
-    assert gtn.sample_architecture(config, widest=True).filters == (63, 127)
-    count = len(gtn.init_learner(gtn.Architecture((5, 7), (3, 3), "max", "instance", 0), (1, 28, 28)))
-    assert count == (9 * 5 + 2 * 5) + (9 * 5 * 7 + 2 * 7) + (10 * 49 * 7 + 10)
+    pairs = [gtn.sample_architecture(config).filters for _ in range(600)]
+    first, second = zip(*pairs, strict=True)
+    assert (min(first), max(first), min(second), max(second)) == (32, 63, 64, 127)  # both ends
+    architecture = gtn.Architecture((5, 7), (3, 3), "max", "instance", 0)
+    parameters = gtn.make_learner(architecture, (1, 28, 28)).parameters()
+    assert len(gtn.init_learner(architecture, (1, 28, 28))) == sum(p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize("normalization", ["instance", "batch"])
-def test_a_padded_learner_is_the_learner_without_padding(normalization):
-    """In its start, its meta-gradient and after training; and its padding stays zero."""
-    config, image_shape = (
-        gtn.Config(filters=((2, 5), (1, 4), (3, 6)), normalization=normalization, hidden_units=5),
-        (2, 16, 16),
-    )
+def test_a_learner_with_running_state_is_refused(monkeypatch):
+    stateful = lambda *_: torch.nn.Sequential(torch.nn.BatchNorm2d(3))  # noqa: E731
+    monkeypatch.setattr(gtn, "make_learner", stateful)
+    gtn.blueprint.cache_clear()
+    with pytest.raises(gtn.InputError, match=r"no running state, such as 0\.running_mean"):
+        gtn.blueprint(gtn.Architecture((3,), (3,), "max", "batch", 0), (3, 8, 8))
+    gtn.blueprint.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "possible"),
+    [
+        ({}, True),
+        ({"kernels": (5,), "pooling": ("average",)}, True),
+        ({"filters": (64, (64, 127))}, False),
+        ({"kernels": (3, 5)}, False),
+        ({"pooling": ("max", "average")}, False),
+        ({"least_blocks": 1}, False),
+    ],
+)
+def test_a_cuda_graph_is_of_one_architecture(settings, possible):
+    config = gtn.Config(**settings)
+    assert gtn.cuda_graph_possible(config) == possible
     torch.manual_seed(0)
-    rates = torch.full((5,), 0.05, dtype=torch.float64), torch.full((5,), 0.7, dtype=torch.float64)
-    images = torch.randn(5, 4, *image_shape, dtype=torch.float64)
-    curriculum = gtn.Curriculum(images, torch.randint(10, (5, 4)), *rates)
-    batches = [gtn.Split(torch.randn(7, *image_shape, dtype=torch.float64), torch.randint(10, (7,))) for _ in range(5)]
-    widest, seen = gtn.sample_architecture(config, widest=True), set()
-    for k in range(6):
-        with gtn.seeded(k):
-            small = gtn.sample_architecture(config)
-            padded = gtn.init_learner(small, image_shape, widest).double()
-        with gtn.seeded(k):
-            assert gtn.sample_architecture(config) == small
-            theta = gtn.init_learner(small, image_shape).double()
-        seen.add(small.filters)
-        expected = gtn.meta_gradient(theta, curriculum, small, batches)
-        for x, y in zip(gtn.meta_gradient(padded, curriculum, widest, batches), expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-        *_, (padded, _) = gtn.unroll(padded, curriculum, widest)
-        *_, (theta, _) = gtn.unroll(theta, curriculum, small)
-        assert padded.count_nonzero() == theta.count_nonzero()
-        images = batches[0].images
-        found, expected = gtn.logits(padded, images, widest), gtn.logits(theta, images, small)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert len(seen) > 3
+    assert possible == (len({gtn.sample_architecture(config) for _ in range(20)}) == 1)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_predictions_do_not_depend_on_the_other_images(normalization):
+    """Except with batch normalization, which is called transductive."""
     _, data, theta, architecture, _ = tiny(normalization)
-    reference, images = data.train.images[:8], data.test.images[8:20]
-    together = gtn.logits(theta, images, architecture, reference)
-    alone = torch.cat([gtn.logits(theta, image[None], architecture, reference) for image in images])
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
-    assert torch.allclose(gtn.logits(theta, images, architecture), together) == (normalization != "batch")
-    many = gtn.Split(images.repeat(20, 1, 1, 1), torch.arange(240) % 7)  # more than go through the network at once
-    loss = F.cross_entropy(together.repeat(20, 1), many.labels)
-    torch.testing.assert_close(gtn.real_loss(theta, many, architecture, reference), loss, rtol=1e-10, atol=1e-12)
+    images = data.test.images[8:20]
+    together = gtn.logits(theta, images, architecture)
+    alone = torch.cat([gtn.logits(theta, image[None], architecture) for image in images])
+    assert torch.allclose(together, alone, rtol=1e-10) == (normalization != "batch")
+    if normalization != "batch":  # more images than go through the network at once
+        many = gtn.Split(images.repeat(20, 1, 1, 1), torch.arange(240) % 7)
+        loss = F.cross_entropy(together.repeat(20, 1), many.labels)
+        torch.testing.assert_close(
+            gtn.real_loss(theta, many, architecture), loss, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_variants():
@@ -238,9 +316,13 @@ def test_variants():
         assert first.images.shape == (5, 12, 1, 8, 8)
         assert first.lr.tolist() == pytest.approx([0.05] * 5)
         assert first.momentum.tolist() == pytest.approx([0.5] * 5)
-        assert torch.equal(first.images, second.images) == (variant in ("learned", "random_fixed", "pixels")), variant
+        assert torch.equal(first.images, second.images) == (
+            variant in ("learned", "random_fixed", "pixels")
+        ), variant
         learned = {name.split(".")[0] for name, _ in teacher.named_parameters()}
-        expected = {"learned": {"latent", "generator"}, "pixels": {"images"}, "real": set()}.get(variant, {"generator"})
+        expected = {"learned": {"latent", "generator"}, "pixels": {"images"}, "real": set()}.get(
+            variant, {"generator"}
+        )
         assert learned == expected | {"log_lr", "logit_momentum"}, variant
         if variant != "real":
             assert first.labels[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
@@ -250,12 +332,14 @@ def test_learners_of_an_outer_step_are_averaged():
     """The gradient of two learners per step is the mean of the two learners' own."""
     teacher, data, *_ = tiny(learners_per_step=2, outer_lr=0)  # phi stays
     optimizer, singles, losses = torch.optim.SGD(teacher.parameters()), [], []
-    meta_loss, norm, phi = gtn.outer_step(teacher, optimizer, data, 5)
+    result = gtn.outer_step(teacher, optimizer, data, 5)
     both = [p.grad.clone() for p in teacher.parameters()]
-    assert norm == pytest.approx(torch.cat([g.flatten() for g in both]).norm().item())
-    assert phi == pytest.approx(
-        torch.cat([p.detach().flatten() for p in [*teacher.parameters(), teacher.log_lr.exp()]]).norm().item()
+    assert result.gradient_norm == pytest.approx(
+        torch.cat([g.flatten() for g in both]).norm().item()
     )
+    phi = [*teacher.parameters(), teacher.log_lr.exp()]
+    norm = torch.cat([p.detach().flatten() for p in phi]).norm().item()
+    assert result.phi_norm == pytest.approx(norm)
     for k in range(2):
         optimizer.zero_grad()
         with gtn.seeded(teacher.config.seed, gtn.META_TRAINING, 5, k):
@@ -264,7 +348,7 @@ def test_learners_of_an_outer_step_are_averaged():
             losses.append(gtn.add_meta_gradient(teacher, data, theta, architecture).item())
         singles.append([p.grad.clone() for p in teacher.parameters()])
     assert losses[0] != losses[1]
-    assert meta_loss == pytest.approx(sum(losses) / 2)
+    assert result.meta_loss == pytest.approx(sum(losses) / 2)
     for mean, *each in zip(both, *singles, strict=True):
         torch.testing.assert_close(mean, sum(each) / 2)
 
@@ -275,7 +359,7 @@ def test_an_outer_step_draws_by_seed_and_step_alone():
     first = gtn.outer_step(teacher, optimizer, data, 3)
     stream = torch.get_rng_state()
     torch.randn(5)
-    assert gtn.outer_step(teacher, optimizer, data, 4)[0] != first[0]
+    assert gtn.outer_step(teacher, optimizer, data, 4).meta_loss != first.meta_loss
     assert gtn.outer_step(teacher, optimizer, data, 3) == first
     torch.set_rng_state(stream)
     expected = torch.randn(5)
@@ -287,8 +371,13 @@ def test_an_outer_step_draws_by_seed_and_step_alone():
 def test_learning_rate_follows_the_cosine():
     teacher, data, *_ = tiny(outer_steps=4, outer_lr=0.08, outer_lr_end=0.25)
     optimizer = torch.optim.Adam(teacher.parameters())
-    rates = [(gtn.outer_step(teacher, optimizer, data, step), optimizer.param_groups[0]["lr"])[1] for step in range(4)]
-    assert rates == pytest.approx([0.08, 0.08 - 0.06 * 0.1464466094, 0.05, 0.02 + 0.06 * 0.1464466094])
+    rates = [
+        (gtn.outer_step(teacher, optimizer, data, step), optimizer.param_groups[0]["lr"])[1]
+        for step in range(4)
+    ]
+    assert rates == pytest.approx(
+        [0.08, 0.08 - 0.06 * 0.1464466094, 0.05, 0.02 + 0.06 * 0.1464466094]
+    )
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -306,7 +395,9 @@ def test_cuda_gives_the_same_meta_gradient(normalization):
     for flat in (False, True):
         _, expected = phi_gradient(teacher.cpu(), data, theta, architecture, batches, flat)
         there = [real if real is None else to_cuda(real) for real in batches]
-        _, gradient = phi_gradient(teacher.cuda(), to_cuda(data), theta.cuda(), architecture, there, flat)
+        _, gradient = phi_gradient(
+            teacher.cuda(), to_cuda(data), theta.cuda(), architecture, there, flat
+        )
         for name in expected:
             torch.testing.assert_close(gradient[name].cpu(), expected[name], rtol=1e-8, atol=1e-10)
 
@@ -316,10 +407,10 @@ def test_cuda_gives_the_same_meta_gradient(normalization):
 def test_a_replayed_graph_is_the_ordinary_step(variant):
     phi = []
     for replay in (False, True):
-        teacher, data, *_ = tiny(variant=variant, filters=((2, 4), (3, 5)))
+        teacher, data, *_ = tiny(variant=variant)
         teacher, data = teacher.cuda(), to_cuda(data)
         optimizer = torch.optim.Adam(teacher.parameters())
-        captured = gtn.captured(teacher, data) if replay else None
+        captured = gtn.capture_graph(teacher, data) if replay else None
         losses = [gtn.outer_step(teacher, optimizer, data, step, captured) for step in range(8)]
         phi.append([torch.tensor(losses), *teacher.parameters()])
     for ordinary, replayed in zip(*phi, strict=True):
@@ -339,8 +430,12 @@ def test_orders():
     assert sorted(rows) == pytest.approx(sorted(others[0]))
     assert sorted(rows) != pytest.approx(sorted(others[1]))
     for other in (batches, everything):
-        expected, found = (torch.stack([c.images.sum((2, 3, 4)), c.labels]).flatten(1) for c in (curriculum, other))
-        torch.testing.assert_close(*(x[:, x[0].argsort()] for x in (found, expected)))  # each image keeps its label
+        expected, found = (
+            torch.stack([c.images.sum((2, 3, 4)), c.labels]).flatten(1) for c in (curriculum, other)
+        )
+        torch.testing.assert_close(
+            *(x[:, x[0].argsort()] for x in (found, expected))
+        )  # each image keeps its label
         assert torch.equal(other.lr, curriculum.lr)
         assert torch.equal(other.momentum, curriculum.momentum)
 
@@ -362,29 +457,36 @@ def test_a_teacher_is_trained_under_its_order(monkeypatch, order):
 @pytest.mark.parametrize(("normalization", "order"), CASES)
 def test_evaluation_by_hand(normalization, order):
     teacher, data, *_ = tiny(normalization, order=order)
-    (curve,) = gtn.evaluate(teacher, data, gtn.Split(*(x[:30] for x in data.test)), 1, "every step")["accuracies"]
+    row = gtn.evaluate(teacher, data, gtn.first(data.test, 30), 1, every_step=True)
     with gtn.seeded(teacher.config.seed, gtn.TEST_LEARNERS, 0), torch.no_grad():
         architecture = gtn.sample_architecture(teacher.config)
         theta = gtn.init_learner(architecture, (1, 8, 8)).double()
         curriculum = teacher(data).shuffled(order)
-    right = []
-    for t, (theta, _) in enumerate(gtn.unroll(theta, curriculum, architecture)):  # noqa: B020
-        if t > 0:
-            found = gtn.logits(theta, data.test.images, architecture, curriculum.images[t - 1]).argmax(1)
-            right.append((found == data.test.labels).double())
-    assert curve == pytest.approx([x[:30].mean().item() for x in right])
+    _, *states = gtn.unroll(theta, curriculum, architecture)
+
+    def fraction_right(theta, count):
+        predictions = gtn.logits(theta, data.test.images[:count], architecture).argmax(1)
+        return (predictions == data.test.labels[:count]).double().mean().item()
+
+    assert row["accuracies"] == [pytest.approx([fraction_right(theta, 30) for theta, _ in states])]
+    names = {"architecture": "as trained", "order": order, "every_step": True}
+    assert row.items() >= (names | {"transductive": normalization == "batch", "n": 1}).items()
+    expected = [pytest.approx(fraction_right(states[-1][0], 60))]
     for same in (None, order):
-        assert gtn.evaluate(teacher, data, data.test, 1, same)["accuracies"] == pytest.approx([right[-1].mean().item()])
-    leaking = (gtn.logits(theta, data.test.images, architecture).argmax(1) == data.test.labels).double().mean().item()
-    assert gtn.evaluate(teacher, data, data.test, 1, "transductive")["accuracies"] == pytest.approx([leaking])
+        assert gtn.evaluate(teacher, data, data.test, 1, same)["accuracies"] == expected
 
 
 def test_glyphs(monkeypatch):
     drawn, draw = [], gtn.draw_glyphs
-    monkeypatch.setattr(gtn, "draw_glyphs", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments))
+    monkeypatch.setattr(
+        gtn, "draw_glyphs", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments)
+    )
     data = gtn.load_data("glyphs", "nowhere", torch.device("cpu"))
     assert not set(gtn.FONTS) & set(gtn.TEST_FONTS)
-    assert (drawn[0], sum(font in gtn.TEST_FONTS for font in drawn[1])) == (gtn.FONTS, len(drawn[1]) / 2)
+    assert (drawn[0], sum(font in gtn.TEST_FONTS for font in drawn[1])) == (
+        gtn.FONTS,
+        len(drawn[1]) / 2,
+    )
     images = torch.cat([split.images for split in data[:3]]).flatten(1)
     assert images.shape == (25_000, 784)
     assert len(torch.unique(images, dim=0)) == 25_000  # disjoint

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, shell, tiny
+from conftest import ROOT, TINY, shell, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtn
@@ -17,13 +17,19 @@ from gtn import Architecture
 SHAPE, ANY = (1, 8, 8), (0, 10**12)
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(nas, "RESAMPLES", 20)
+
+
 def test_rank_correlations_by_hand():
-    x, y, one = np.array([1, 2, 3, 4, 5]), np.array([2, 1, 4, 3, 5]), np.ones((1, 5))
-    assert nas.spearman(x, y, one) == pytest.approx(1 - 6 * 4 / (5 * 24), abs=1e-15)  # four ranks differ by one
-    assert nas.kendall(x, y, one) == pytest.approx((8 - 2) / 10, abs=1e-15)
-    x, y, one = np.array([1, 2, 2, 3]), np.array([1, 3, 2, 4]), np.ones((1, 4))  # ranks 1, 2.5, 2.5, 4
-    assert nas.spearman(x, y, one) == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-15)
-    assert nas.kendall(x, y, one) == pytest.approx(5 / math.sqrt(5 * 6), abs=1e-15)
+    x, y = np.array([1, 2, 3, 4, 5]), np.array([2, 1, 4, 3, 5])
+    assert nas.spearman(x, y) == pytest.approx(1 - 6 * 4 / (5 * 24), abs=1e-15)  # four differ by 1
+    assert nas.kendall(x, y) == pytest.approx((8 - 2) / 10, abs=1e-15)
+    x, y = np.array([1, 2, 2, 3]), np.array([1, 3, 2, 4])
+    assert nas.ranks(x).tolist() == [1, 2.5, 2.5, 4]
+    assert nas.spearman(x, y) == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-15)
+    assert nas.kendall(x, y) == pytest.approx(5 / math.sqrt(5 * 6), abs=1e-15)
 
 
 def test_partial_correlation_by_hand():
@@ -32,13 +38,13 @@ def test_partial_correlation_by_hand():
     x, y, z, w = generator.normal(size=(4, 20))
     ranks = [np.argsort(np.argsort(values)) for values in (x, y, z, w)]
     design = np.column_stack([np.ones(20), *ranks[2:]])
-    left = [rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0] for rank in ranks[:2]]
-    assert nas.spearman(x, y, np.ones((1, 20)), (z, w)) == pytest.approx(np.corrcoef(left)[0, 1], abs=1e-12)
+    rest = [rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0] for rank in ranks[:2]]
+    assert nas.spearman(x, y, (z, w)) == pytest.approx(np.corrcoef(rest)[0, 1], abs=1e-12)
     xy, xz, yz = (np.corrcoef(ranks[i], ranks[j])[0, 1] for i, j in ((0, 1), (0, 2), (1, 2)))
     expected = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
-    assert nas.spearman(x, y, np.ones((1, 20)), (z,)) == pytest.approx(expected, abs=1e-12)
-    assert nas.spearman(x, y, np.ones((1, 20)), (z, 2 * z)) == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(nas.spearman(x, y, np.ones((1, 20)), (w, x))).all()  # nothing of x is left
+    assert nas.spearman(x, y, (z,)) == pytest.approx(expected, abs=1e-12)
+    assert nas.spearman(x, y, (z, 2 * z)) == pytest.approx(expected, abs=1e-12)
+    assert math.isnan(nas.spearman(x, y, (w, x)))  # nothing of x is left
 
 
 def with_sizes(**methods):
@@ -51,21 +57,42 @@ def with_sizes(**methods):
     )
 
 
-def test_bootstrap_intervals_against_resampled_lists():
-    """Weights are repetitions: 100 resamples drawn out as lists, with ties in the method, give the same numbers."""
+def test_bootstrap_intervals_against_resampled_lists(monkeypatch):
+    """100 resamples drawn out as lists, with ties in the method, give the same numbers."""
     generator, n = np.random.default_rng(3), 11
     truth, method = generator.normal(size=n), generator.integers(0, 4, n)
-    found = nas.correlations(with_sizes(method=method), [truth.tolist()], 5, resamples=100)["method"]
+    methods = with_sizes(method=method)
+    monkeypatch.setattr(nas, "RESAMPLES", 100)
+    result = nas.correlations(methods, [truth.tolist()], 5)["method"]
     counts = np.random.default_rng([5, gtn.BOOTSTRAP]).multinomial(n, np.full(n, 1 / n), 100)
-    for name, (subset, size) in itertools.product(("spearman", "kendall"), {"all": n, "top half": 6}.items()):
+    for name, (subset, size) in itertools.product(
+        ("spearman", "kendall"), {"all": n, "top half": 6}.items()
+    ):
         values = []
         for count in [np.ones(n, int), *counts]:
             drawn = np.arange(n).repeat(count)
             drawn = drawn[np.argsort(-truth[drawn])][:size]
             if len(set(method[drawn])) > 1 and len(set(truth[drawn])) > 1:
-                values.append(getattr(nas, name)(method[drawn], truth[drawn], np.ones((1, size)))[0])
+                values.append(getattr(nas, name)(method[drawn], truth[drawn]))
         expected = values[0], *np.percentile(values[1:], [2.5, 97.5])
-        assert [*found[name][subset].values()][:3] == pytest.approx(expected, abs=1e-12)
+        assert [*result[name][subset].values()][:3] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_published_ranking_follows_from_its_measurements(monkeypatch):
+    """To three decimals, as an earlier implementation of the bootstrap by weights has it."""
+    monkeypatch.setattr(nas, "RESAMPLES", 1000)
+    published = gtn.read(ROOT / "results" / "search" / "nas.json")
+    lines = published["architectures"]
+    methods = {name: [x[name] for x in lines] for name in ("teacher", "control", *nas.SIZES)}
+    repeats = np.array([[repeat["validation"] for repeat in x["truth"]] for x in lines]).T
+    result = nas.correlations(methods, repeats, published["seed"])
+    for name, statistic in itertools.product(methods, ("spearman", "kendall", "partial")):
+        for subset in ("all", "top half"):
+            expected = published["correlations"][name][statistic][subset]
+            difference = expected.pop("teacher minus this")
+            row = result[name][statistic][subset]
+            assert row.pop("teacher minus this") == pytest.approx(difference, abs=5e-4)
+            assert row == pytest.approx(expected, abs=5e-4)
 
 
 def test_the_ceiling_differences_and_what_is_undefined():
@@ -75,28 +102,41 @@ def test_the_ceiling_differences_and_what_is_undefined():
     found = nas.correlations(with_sizes(teacher=a, rival=b, same=[7] * 5), [a, b], 0)
     assert found["ceiling"]["spearman"]["all"]["value"] == pytest.approx(0.8)
     assert found["corrected"]["spearman"]["all"]["value"] == pytest.approx(math.sqrt(2 * 0.8 / 1.8))
-    truth, one = np.mean([a, b], 0), np.ones((1, 5))
+    truth = np.mean([a, b], 0)
     difference = found["rival"]["kendall"]["all"]["teacher minus this"]["value"]
-    assert difference == pytest.approx((nas.kendall(np.array(a), truth, one) - nas.kendall(np.array(b), truth, one))[0])
-    assert set(found["teacher"]["spearman"]["all"]["teacher minus this"].values()) == {0.0}  # paired: not a spread
+    assert difference == pytest.approx(nas.kendall(a, truth) - nas.kendall(b, truth))
+    assert set(found["teacher"]["spearman"]["all"]["teacher minus this"].values()) == {
+        0.0
+    }  # paired: not a spread
     nothing = {"value": None, "low": None, "high": None}
     nothing = nothing | {"teacher minus this": nothing}
-    assert found["same"] == {name: {"all": nothing, "top half": nothing} for name in ("spearman", "kendall", "partial")}
+    assert found["same"] == {
+        name: {"all": nothing, "top half": nothing} for name in ("spearman", "kendall", "partial")
+    }
     single = nas.correlations(with_sizes(teacher=b), [a], 0)  # no second training
     assert single["ceiling"]["spearman"]["all"] == single["corrected"]["spearman"]["all"] == nothing
 
 
 def test_sizes_by_hand_and_of_a_real_forward():
-    found = nas.sizes(Architecture((2, 3), (3, 5), "max", "instance", 0), (1, 28, 28))
-    assert found["parameters"] == (2 * 9 + 2 + 2) + (3 * 2 * 25 + 3 + 3) + (10 * 3 * 49 + 10)
+    architecture = Architecture((2, 3), (3, 5), "max", "instance", 0)
+    learner = gtn.make_learner(architecture, (1, 28, 28))
+    found = nas.sizes(architecture, (1, 28, 28))
+    assert found["parameters"] == sum(p.numel() for p in learner.parameters())
     assert found["multiply_adds"] == 2 * 9 * 784 + 3 * 2 * 25 * 196 + 10 * 3 * 49
-    several = gtn.Config(filters=((4, 30),) * 3, least_blocks=1, kernels=(3, 5), pooling=("max", "average"))
+    several = gtn.Config(
+        filters=((4, 30),) * 3, least_blocks=1, kernels=(3, 5), pooling=("max", "average")
+    )
     for architecture in nas.sample_architectures(several, ANY, 6, (3, 30, 22), 0):
-        theta, found = gtn.init_learner(architecture, (3, 30, 22)), nas.sizes(architecture, (3, 30, 22))
+        theta, found = (
+            gtn.init_learner(architecture, (3, 30, 22)),
+            nas.sizes(architecture, (3, 30, 22)),
+        )
         with FlopCounterMode(display=False) as counter:
             gtn.logits(theta, torch.zeros(2, 3, 30, 22), architecture)
         assert found["parameters"] == len(theta)
-        assert 2 * 2 * found["multiply_adds"] == counter.get_total_flops()  # two images; an add and a multiply
+        assert (
+            2 * 2 * found["multiply_adds"] == counter.get_total_flops()
+        )  # two images; an add and a multiply
 
 
 def test_architectures_of_a_band():
@@ -116,14 +156,19 @@ def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
     architecture = Architecture((3,), (3,), "max", "instance", 0)
     settings, means = {"seed": 4, "config": {"validation_images": 30}}, []
     curriculum, split = teacher(data), gtn.Split(*(x[:30] for x in data.validation))
-    passes = [curriculum._replace(lr=rate * curriculum.lr) for rate in (3, 2, 4)]  # drawn anew; so that each shows
-    thrice, turns = gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True))), itertools.cycle(passes)
+    passes = [
+        curriculum._replace(lr=rate * curriculum.lr) for rate in (3, 2, 4)
+    ]  # drawn anew; so that each shows
+    thrice, turns = (
+        gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True))),
+        itertools.cycle(passes),
+    )
     for rate in (1, 2):
         for k in range(2):
             with gtn.seeded(4, gtn.SHORT_TRAINING, k, *repr(architecture).encode()):
                 theta = gtn.init_learner(architecture, SHAPE).double()
             *_, (theta, _) = gtn.unroll(theta, thrice._replace(lr=rate * thrice.lr), architecture)
-            means.append(gtn.accuracy(theta, split, architecture, curriculum.images[-1]))
+            means.append(gtn.accuracy(theta, split, architecture))
     assert len(set(means)) > 1
     for source in (thrice, lambda _: next(turns)):
         assert nas.score(source, architecture, data, settings) == pytest.approx(np.mean(means))
@@ -132,17 +177,28 @@ def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
 def test_truth_is_of_whole_epochs(monkeypatch):
     """60 images, batches of 20: every three steps all images once, until the network knows them."""
     _, data, *_ = tiny()
-    data = data._replace(validation=data.train, test=gtn.Split(*(x[:31] for x in data.train)))
-    logits, seen, architecture = gtn.logits, [], Architecture((9, 9), (3, 3), "max", "batch", 0)
+    data = data._replace(validation=data.train, test=gtn.first(data.train, 31))
+    architecture = Architecture((9, 9), (3, 3), "max", "instance", 0)
+    logits, seen = gtn.logits, []
+
+    def watched(theta, images, architecture):
+        seen.append((theta, images))
+        return logits(theta, images, architecture)
+
     monkeypatch.setattr(nas, "BATCH", 20)
-    monkeypatch.setattr(gtn, "logits", lambda *arguments: (seen.append(arguments), logits(*arguments))[1])
-    found = nas.train_fully(architecture, data, 90, 0, 1)
-    steps = [(batch[:, None] == data.train.images).flatten(2).all(2).nonzero()[:, 1] for _, batch, _ in seen[:90]]
+    monkeypatch.setattr(gtn, "logits", watched)
+    result = nas.train_fully(architecture, data, 90, 0, 1)
+    steps = []
+    for _, images in seen[:90]:
+        same = (images[:, None] == data.train.images).flatten(2).all(2)
+        steps.append(same.nonzero()[:, 1])
     epochs = torch.cat(steps).view(30, 60)
     assert (epochs.sort().values == torch.arange(60)).all()
     assert not torch.equal(epochs[0], epochs[1])
-    for name, split in (("validation", data.validation), ("test", data.test)):  # both of images that it has seen
-        assert found[name] == gtn.accuracy(seen[-1][0], split, architecture, data.train.images[steps[-1]]) > 0.9
+    theta = seen[-1][0]
+    for name in ("validation", "test"):  # both of images that it has seen
+        split = getattr(data, name)
+        assert result[name] == gtn.accuracy(theta, split, architecture) > 0.9
 
 
 def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatch):
@@ -156,11 +212,19 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
     space = gtn.Config(filters=((1, 9), (1, 9)))
     found = nas.tune_control(space, teacher.config, data, {"seed": 0, "band": ANY})
     assert found["seconds"] > 0
-    assert (found["lr"], found["momentum"], len(found["grid"]), len({a for _, a in taught})) == (0.1, 0.5, 10, 4)
+    assert (found["lr"], found["momentum"], len(found["grid"]), len({a for _, a in taught})) == (
+        0.1,
+        0.5,
+        10,
+        4,
+    )
     for curriculum, _ in taught:
         assert torch.equal(curriculum.images, taught[0][0].images)
         assert len(curriculum.images) == 3 * teacher.config.inner_steps
-        assert all((x == data.train.images).flatten(1).all(1).any() for x in curriculum.images.flatten(0, 1))
+        assert all(
+            (x == data.train.images).flatten(1).all(1).any()
+            for x in curriculum.images.flatten(0, 1)
+        )
 
 
 @pytest.fixture
@@ -168,7 +232,10 @@ def few(monkeypatch):
     """60 images a split of 8x8 pixels, a pattern for each class and noise, which `gtn.load_data` returns."""
     generator = torch.Generator().manual_seed(0)
     patterns, labels = torch.randn(10, *SHAPE, generator=generator), torch.arange(60) % 10
-    splits = [gtn.Split(patterns[labels] + torch.randn(60, *SHAPE, generator=generator), labels) for _ in range(3)]
+    splits = [
+        gtn.Split(patterns[labels] + torch.randn(60, *SHAPE, generator=generator), labels)
+        for _ in range(3)
+    ]
     data = gtn.Data(*splits, torch.zeros(1), torch.ones(1))
     monkeypatch.setattr(gtn, "load_data", lambda *_: data)
     return data
@@ -201,7 +268,12 @@ def refused(capsys, message, *arguments):
     """Whether nas.py ends with status 2 and one line that has the message."""
     capsys.readouterr()
     status, (output, error) = search(*arguments), capsys.readouterr()
-    return (status, output, error.count("\n"), error[:14]) == (2, "", 1, "nas.py: error:") and message in error
+    return (status, output, error.count("\n"), error[:14]) == (
+        2,
+        "",
+        1,
+        "nas.py: error:",
+    ) and message in error
 
 
 def without_seconds(lines):
@@ -212,12 +284,18 @@ def test_a_search_end_to_end(teacher, few):
     """Every architecture's line is what it measures alone, in another order; picks follow from the lines."""
     assert search(teacher) == 0
     result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
-    source, control, lines = gtn.read_teacher(teacher)[0], result["control"], result["architectures"]
+    source, control, lines = (
+        gtn.read_teacher(teacher)[0],
+        result["control"],
+        result["architectures"],
+    )
     curriculum = nas.control_curriculum(source.config, few, 0, control["lr"], control["momentum"])
     for x in reversed(lines):
         architecture = nas.architecture_of(x)
         again = nas.measure(architecture, few, {"teacher": source, "control": curriculum}, result)
-        assert without_seconds([x]) == without_seconds([again | {key: x[key] for key in ("filters", "kernels")}])
+        assert without_seconds([x]) == without_seconds(
+            [again | {key: x[key] for key in ("filters", "kernels")}]
+        )
         assert x["truth"][0] != x["truth"][1]
     test, best = [np.mean([t["test"] for t in x["truth"]]) for x in lines], result["best"]
     for method in ("teacher", "multiply_adds"):
@@ -231,15 +309,35 @@ def test_a_search_end_to_end(teacher, few):
 def test_where_a_teacher_pays(capsys):
     """It took 100 seconds, and saves 4 seconds an architecture."""
     line = {"teacher": 0.5, "control": 0.5, "parameters": 1, "multiply_adds": 1}
-    line |= {"truth": [{"validation": 0.5, "test": 0.5}], "seconds": {"teacher": 1.0, "control": 9.0, "truth": 5.0}}
+    line |= {
+        "truth": [{"validation": 0.5, "test": 0.5}],
+        "seconds": {"teacher": 1.0, "control": 9.0, "truth": 5.0},
+    }
     settings = {"seed": 0, "teacher_seconds": 100, "control": {"seconds": 10}}
+    settings["space"] = {"normalization": "batch"}
     seconds = nas.conclude([line] * 4, settings)["seconds"]
-    assert seconds["teacher"] == {"mean": 1.0, "total": 4.0, "once": 100, "shared": 26.0, "pays from": 25}
+    assert seconds["teacher"] == {
+        "mean": 1.0,
+        "total": 4.0,
+        "once": 100,
+        "shared": 26.0,
+        "pays from": 25,
+    }
     assert seconds["control"]["pays from"] is None  # dearer than full training
-    dear = line | {"seconds": line["seconds"] | {"teacher": 6.0}, "filters": [2], "kernels": [3], "pooling": "max"}
+    dear = line | {
+        "seconds": line["seconds"] | {"teacher": 6.0},
+        "filters": [2],
+        "kernels": [3],
+        "pooling": "max",
+    }
     nas.report(nas.conclude([dear] * 4, settings))
-    assert capsys.readouterr().out.endswith("31 s each: dearer than the truth\n")
-    assert "once" not in nas.conclude([line] * 4, settings | {"teacher_seconds": None})["seconds"]["teacher"]
+    output = capsys.readouterr().out
+    assert output.startswith("transductive: ")
+    assert output.endswith("makes it 31 s for each: more expensive than full training\n")
+    assert (
+        "once"
+        not in nas.conclude([line] * 4, settings | {"teacher_seconds": None})["seconds"]["teacher"]
+    )
 
 
 def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monkeypatch, tmp_path):
@@ -256,7 +354,9 @@ def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monk
     monkeypatch.setattr(nas, "measure", measure)
     first = (a / "nas.jsonl").read_text()
     (a / "nas.jsonl").write_text(first + '{"filters": [1')  # killed while it wrote
-    assert search(teacher, "--out", b, "--resume", "--architectures", 4) == 0  # nothing there to resume
+    assert (
+        search(teacher, "--out", b, "--resume", "--architectures", 4) == 0
+    )  # nothing there to resume
     monkeypatch.setattr(nas, "tune_control", None)  # its grid is not searched again
     assert search(teacher, "--out", a, "--resume", "--architectures", 4) == 0
     assert (a / "nas.jsonl").read_text().startswith(first)  # to the seconds: not measured again
@@ -281,15 +381,27 @@ def test_ranks_share_the_architectures(teacher, monkeypatch, tmp_path):
 
 def test_refused_input(teacher, capsys, few, tmp_path, monkeypatch):
     for name in ("mean", "std"):
-        gtn.write(tmp_path / f"{name}.pt", (content := gtn.read(teacher)) | {name: content[name] + 0.002})
-        assert refused(capsys, f"{name}.pt was trained on other images than this glyphs", tmp_path / f"{name}.pt")
+        gtn.write(
+            tmp_path / f"{name}.pt", (content := gtn.read(teacher)) | {name: content[name] + 0.002}
+        )
+        assert refused(
+            capsys,
+            f"{name}.pt was trained on other images than this glyphs",
+            tmp_path / f"{name}.pt",
+        )
     for flag, least in {"--architectures": 2, "--truth-steps": 1}.items():
-        assert refused(capsys, f"{flag} {least - 1}: must be from {least} to", teacher, flag, least - 1)
-    assert refused(capsys, "unknown config 'nosuch': configs.json has quick", teacher, "--space", "nosuch")
+        assert refused(
+            capsys, f"{flag} {least - 1}: must be from {least} to", teacher, flag, least - 1
+        )
+    assert refused(
+        capsys, "unknown config 'nosuch': configs.json has quick", teacher, "--space", "nosuch"
+    )
     assert refused(capsys, "of 7 to 8 multiply-adds, of which 0", teacher, "--multiply-adds", 7, 8)
     for words in (["--multiply-adds", 7], ["--multiply-adds", "x", 8]):
         assert refused(capsys, "argument --multiply-adds: ", teacher, *words)
-    monkeypatch.setattr(gtn, "load_data", lambda *_: few._replace(train=gtn.Split(few.train.images[..., :7], None)))
+    monkeypatch.setattr(
+        gtn, "load_data", lambda *_: few._replace(train=gtn.Split(few.train.images[..., :7], None))
+    )
     assert refused(capsys, "was trained on other images", teacher)
     assert not list(tmp_path.glob("**/nas*"))
     result = shell("nosuch.pt", script="nas.py", cwd=tmp_path)
@@ -311,7 +423,13 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
     ]:
         assert refused(capsys, f"{out} {message}", *arguments, "--out", out), arguments
     line, rest = before[log].decode().split("\n", 1)
-    damages = [{"teacher": "0.5"}, {"filters": ["4"]}, {"control": math.nan}, {"truth": []}, {"seconds": {}}]
+    damages = [
+        {"teacher": "0.5"},
+        {"filters": ["4"]},
+        {"control": math.nan},
+        {"truth": []},
+        {"seconds": {}},
+    ]
     damaged = [(log, json.dumps(json.loads(line) | damage) + "\n" + rest) for damage in damages]
     strings = json.dumps(json.loads(before[settings]) | {"control": {"lr": "1", "momentum": 0.5}})
     for path, text in [*damaged, (settings, strings), (settings, "{"), (log, "{}\n" + rest)]:
