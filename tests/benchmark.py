@@ -1,15 +1,17 @@
 """Time and memory of one outer step, beside the library `higher`.
 
-    python tests/benchmark.py    # to results/benchmark.json; needs 12 GiB of memory; without higher, the rest
+    python tests/benchmark.py    # to results/benchmark.json; needs 12 GiB of memory
 
 One fresh learner's meta-gradient, and an optimizer that moves nothing, by
 
     full graph    gtn.meta_gradient
-    flat          gtn.meta_gradient_flat, and a generator that holds no graph: --set flat=true
+    flat          gtn.meta_gradient_flat, and a generator that keeps no graph: --set flat=true
     CUDA graph    the full graph, recorded once and replayed: the default on CUDA
-    higher        the learner as an nn.Module, trained by higher's differentiable SGD (pip install higher)
+    higher        the same network of stock layers, trained by higher's differentiable SGD,
+                  if it is there (pip install higher)
 
-They take turns, round by round, on the same learners and random numbers; a test compares their meta-gradients.
+They take turns, round by round, on the same learners and random numbers. A test compares their
+meta-gradients.
 """
 
 import dataclasses
@@ -61,7 +63,8 @@ def meta_gradient_by_higher(theta, curriculum, architecture, batches):
 
 
 def make_step(method, config, device, dtype=torch.float32):
-    """(teacher, step): step(n) takes outer step n and leaves its meta-gradient in the teacher's .grad."""
+    """(teacher, step): step(n) takes outer step n and leaves its meta-gradient in the
+    teacher's .grad."""
     config = dataclasses.replace(config, flat=method == "flat", outer_lr=0.0, learners_per_step=1)
     with gtn.seeded(
         config.seed, gtn.TEACHER
@@ -114,7 +117,8 @@ def memory(config, method, device_name):
 
 
 def fresh_process(function, *arguments):
-    """function(*arguments) in a process of its own; its peak is at least its parent's, which has to stay small."""
+    """function(*arguments) in a process of its own; its peak is at least its parent's, which
+    has to stay small."""
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # spawned, not forked
         return pool.submit(function, *arguments).result()
 
@@ -134,7 +138,10 @@ def measure_speed(config, methods, rounds, device_name):
 
 
 def measure_memory(config, lengths, device_name):
-    """The record of memory against inner steps T; growth: of flat, beyond the images, from T = 16 to 128."""
+    """The record of memory against inner steps T; growth: of flat, from T = 16 to 128.
+
+    Growth is beyond the images and their gradient.
+    """
     rows = []
     for T in lengths:
         images = (

@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 import gtn  # noqa: E402
 
-TINY = """filters=[[2,3],[3,4]] inner_steps=3 batch_size=10 latent_size=4 hidden_size=8 generator_filters=4
-meta_batch_size=16 validate_every=2 validation_learners=2 validation_images=50 test_learners=2
-checkpoint_every=0""".split()
+TINY = """filters=[[2,3],[3,4]] inner_steps=3 batch_size=10 latent_size=4 hidden_size=8
+generator_filters=4 meta_batch_size=16 validate_every=2 validation_learners=2 validation_images=50
+test_learners=2 checkpoint_every=0""".split()
 
 
 def pytest_addoption(parser):
@@ -70,7 +70,8 @@ def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
 
 @pytest.fixture
 def run_gtn(tmp_path, capsys, monkeypatch):
-    """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit status, output, error)."""
+    """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit
+    status, output, error)."""
     monkeypatch.setattr(gtn, "load_data", few_glyphs)
 
     def run(*arguments, settings=TINY):
@@ -87,7 +88,8 @@ def run_gtn(tmp_path, capsys, monkeypatch):
 
 
 def shell(*arguments, script="gtn.py", **options):
-    """The real command line: subprocess.run of `python gtn.py ...`, or of `python` and the words of a list."""
+    """The real command line: subprocess.run of `python gtn.py ...`, or of `python` and the
+    words of a list."""
     words = script if isinstance(script, list) else [ROOT / script]
     command = [sys.executable, *map(str, words), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": ""}

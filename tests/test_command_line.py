@@ -1,4 +1,5 @@
-"""The real command line with a tiny budget: runs, evaluation, configs, everything that is refused."""
+"""The real command line with a tiny budget: runs, evaluation, configs, everything that is
+refused."""
 
 import itertools
 import json
@@ -104,7 +105,8 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run_gtn, tmp_path, monkeypat
 
 
 def test_rows_of_an_evaluation(run_gtn, tmp_path):
-    """Batch normalization is transductive, every row says so; four blocks leave no room for more."""
+    """Batch normalization is transductive, every row says so; four blocks leave no room for
+    more."""
     settings = [*TINY, "normalization=batch", "filters=[2,2,2,2]"]
     status, output, error = run_gtn("--outer-steps", "1", settings=settings)
     assert status == 0, error

@@ -23,7 +23,8 @@ def contents(folder):
 
 
 def comparable(folder):
-    """What two runs must share bit for bit: the log without its times, the tensors, the test accuracies."""
+    """What two runs must share bit for bit: the log without its times, the tensors, the test
+    accuracies."""
     lines = [
         line for line in gtn.read(folder / "log.jsonl") if line["event"] in ("step", "validation")
     ]
@@ -38,7 +39,8 @@ def comparable(folder):
 
 
 def test_torchrun(tmp_path):
-    """Two processes, stopped, refused, resumed: rank 0's files, the losses of one process with two learners."""
+    """Two processes, stopped, refused, resumed: rank 0's files, the losses of one process with
+    two learners."""
     settings = [
         "--device",
         "cpu",

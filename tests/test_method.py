@@ -151,7 +151,8 @@ def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch, every, exp
 
 
 def test_an_unroll_is_torch_sgd_on_the_network():
-    """theta_t of a curriculum, with learning rates and momenta of their own, against torch.optim.SGD."""
+    """theta_t of a curriculum, with learning rates and momenta of their own, against
+    torch.optim.SGD."""
     teacher, data, theta, architecture, _ = tiny()
     curriculum = teacher(data)
     curriculum = gtn.Curriculum(*(x.detach() for x in curriculum))._replace(
@@ -442,7 +443,8 @@ def test_orders():
 
 @pytest.mark.parametrize("order", gtn.ORDERS)
 def test_a_teacher_is_trained_under_its_order(monkeypatch, order):
-    """Every learner meets the images in an order of its own, and its meta-gradient is of that order."""
+    """Every learner meets the images in an order of its own, and its meta-gradient is of that
+    order."""
     teacher, data, theta, architecture, _ = tiny(order=order)
     met, original = [], gtn.meta_gradient
     monkeypatch.setattr(gtn, "meta_gradient", lambda *a: met.append(a) or original(*a))

@@ -1,4 +1,5 @@
-"""nas.py: statistics of ranks by hand, one architecture's measurements, searches that stop and go on."""
+"""nas.py: statistics of ranks by hand, one architecture's measurements, searches that stop and
+go on."""
 
 import itertools
 import json
@@ -33,7 +34,8 @@ def test_rank_correlations_by_hand():
 
 
 def test_partial_correlation_by_hand():
-    """Of residuals of ranks; given one variable, and where it decides, by the textbook's formula."""
+    """Of residuals of ranks; given one variable, and where it decides, by the textbook's
+    formula."""
     generator = np.random.default_rng(1)
     x, y, z, w = generator.normal(size=(4, 20))
     ranks = [np.argsort(np.argsort(values)) for values in (x, y, z, w)]
@@ -229,7 +231,8 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
 
 @pytest.fixture
 def few(monkeypatch):
-    """60 images a split of 8x8 pixels, a pattern for each class and noise, which `gtn.load_data` returns."""
+    """60 images a split of 8x8 pixels, a pattern for each class and noise, which
+    `gtn.load_data` returns."""
     generator = torch.Generator().manual_seed(0)
     patterns, labels = torch.randn(10, *SHAPE, generator=generator), torch.arange(60) % 10
     splits = [
@@ -281,7 +284,8 @@ def without_seconds(lines):
 
 
 def test_a_search_end_to_end(teacher, few):
-    """Every architecture's line is what it measures alone, in another order; picks follow from the lines."""
+    """Every architecture's line is what it measures alone, in another order; picks follow from
+    the lines."""
     assert search(teacher) == 0
     result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
     source, control, lines = (
@@ -364,7 +368,8 @@ def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monk
 
 
 def test_ranks_share_the_architectures(teacher, monkeypatch, tmp_path):
-    """The first of two ranks measures every second architecture, and has the others from the second one."""
+    """The first of two ranks measures every second architecture, and has the others from the
+    second one."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert search(teacher, "--out", one, "--architectures", 5) == 0
     lines = gtn.read(one / "nas.jsonl")
