@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 CLASSES = 10  # in every data set below
 FORMAT = 1  # of the files that a run leaves
-RANK = int(os.environ.get("RANK", 0))  # this process among those of torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+RANK = int(os.environ.get("RANK", 0))  # this process of torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 class InputError(Exception):
@@ -48,13 +48,13 @@ class InputError(Exception):
 
 VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
-DATASETS = {  # name here: class of torchvision
+DATASETS = {  # torchvision's names
     "mnist": "MNIST",
     "fashion": "FashionMNIST",
     "kmnist": "KMNIST",
     "cifar10": "CIFAR10",
 }
-NORMALIZATIONS = {  # the learner's normalization layer, for so many filters
+NORMALIZATIONS = {  # of the learner
     "instance": lambda filters: nn.GroupNorm(filters, filters),
     "layer": lambda filters: nn.GroupNorm(1, filters),
     "batch": lambda filters: nn.BatchNorm2d(filters, track_running_stats=False),
@@ -63,7 +63,7 @@ NORMALIZATIONS = {  # the learner's normalization layer, for so many filters
 
 
 def setting(default, meaning, low=1, high=10**5, choices=None):
-    """A field of Config, with all that --help and the checks need to know."""
+    """A field of Config, with all that --help and `checked` need."""
     about = {"meaning": meaning, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=about)
 
@@ -72,15 +72,15 @@ def setting(default, meaning, low=1, high=10**5, choices=None):
 class Config:
     """Every setting of a run; paper: arXiv 1912.07768; earlier run: github.com/GoodAI/GTN."""
 
-    name: str = setting("A", "start of the run folder's name; --config sets it")
+    name: str = setting("A", "starts the run folder's name")
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
-    order: str = setting("in order", "of a curriculum, new for every learner", choices=ORDERS)
-    seed: int = setting(0, "on a CPU it fixes every bit of a run", low=0, high=2**31 - 1)
+    order: str = setting("in order", "drawn anew for every learner", choices=ORDERS)
+    seed: int = setting(0, "fixes everything on a CPU, bit for bit", low=0, high=2**31 - 1)
     dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
     # curriculum and teacher
     inner_steps: int = setting(20, "T, SGD steps of a learner; earlier run: 20 or 10; paper: 32")
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
-    latent_size: int = setting(64, "latent numbers per image; earlier run: 64; paper: 128")
+    latent_size: int = setting(64, "of one image; earlier run: 64; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
     generator_filters: int = setting(64, "at 1/4 of the image size, half at 1/2; paper: 128, 64")
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
@@ -88,31 +88,35 @@ class Config:
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
     # learner
     filters: tuple = setting((64, 128), "of every conv block; paper: 64, 128", high=65535)
-    least_blocks: int = setting(0, "sample this many of these blocks, or more; 0: use all", low=0)
-    kernels: tuple = setting((3,), "kernel size; several: sampled by block", choices=(1, 3, 5, 7))
-    pooling: tuple = setting(("max",), "several: sampled by learner", choices=("max", "average"))
-    hidden_units: int = setting(0, "of a layer before the logits; 0: none; paper: 256", low=0)
-    normalization: str = setting("instance", "layer after a pooling", choices=(*NORMALIZATIONS,))
+    least_blocks: int = setting(0, "0: all; else sample so many or more", low=0)
+    kernels: tuple = setting((3,), "of a block; several: sampled", choices=(1, 3, 5, 7))
+    pooling: tuple = setting(("max",), "of a learner; several: sampled", choices=("max", "average"))
+    hidden_units: int = setting(0, "of one more layer; paper: 256", low=0)
+    normalization: str = setting(
+        "instance", "of the learner; paper: batch mean", choices=(*NORMALIZATIONS,)
+    )
     # meta-gradient and outer step
     meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128")
     meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next; paper: 1")
-    flat: bool = setting(False, "memory that hardly grows with T, for a fifth more time")
+    flat: bool = setting(
+        False, "memory that hardly grows with T, for a fifth more time", choices=(False, True)
+    )
     outer_steps: int = setting(
         5000, "length of the schedule; earlier run: 5000; paper: 2000", 1, 10**7
     )
     outer_lr: float = setting(0.02, "of Adam at the start; paper: 0.02; earlier run: 0.01", low=0)
-    outer_lr_end: float = setting(
-        0.1, "fraction of outer_lr that is left at the end; paper: 0.1", 0
+    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1", 0)
+    outer_beta1: float = setting(0.5, "paper: 0.9, slower at first", 0, 0.9999)
+    outer_beta2: float = setting(0.999, "PyTorch: 0.999", 0, 0.9999)
+    learners_per_step: int = setting(1, "fresh learners per outer step and process")
+    cuda_graph: bool = setting(
+        True, "on CUDA, if all learners are of one architecture", choices=(False, True)
     )
-    outer_beta1: float = setting(0.5, "of Adam; paper: 0.9, which is slower at first", 0, 0.9999)
-    outer_beta2: float = setting(0.999, "of Adam; PyTorch: 0.999", 0, 0.9999)
-    learners_per_step: int = setting(1, "fresh learners per outer step and process of torchrun")
-    cuda_graph: bool = setting(True, "on CUDA, replay the meta-gradient as one graph if possible")
     # validation, test and files
-    validate_every: int = setting(100, "outer steps from one validation to the next")
-    validation_learners: int = setting(2, "fresh learners per validation")
+    validate_every: int = setting(100, "outer steps")
+    validation_learners: int = setting(2, "fresh learners")
     validation_images: int = setting(2000, "images per validation")
-    test_learners: int = setting(10, "fresh learners of the test at the end")
+    test_learners: int = setting(10, "fresh learners at the end")
     checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", low=0)
 
     def __post_init__(self):
@@ -123,13 +127,13 @@ class Config:
 
     @property
     def condition(self):
-        """Variant, and order if it is not "in order": names folders and curves."""
+        """Variant, and an order that is not "in order"; names folders and curves."""
         return self.variant if self.order == "in order" else f"{self.variant}-{self.order}"
 
 
 # ---- data ----
 
-# random streams, one per purpose; the last five are those of nas.py
+# random streams, one per purpose; the second line is for nas.py
 TEACHER, TEST_LEARNERS, CURRICULUM, META_TRAINING = range(4)
 SHORT_TRAINING, FULL_TRAINING, ARCHITECTURES, TUNING, BOOTSTRAP = range(4, 9)
 
@@ -165,7 +169,7 @@ def draw_glyph(font, digit):
 
 
 def draw_glyphs(count, fonts, seed):
-    """`count` distorted, noisy digits: images [count, 1, 28, 28] in 0..1, labels [count]."""
+    """Distorted, noisy digits: images [count, 1, 28, 28] in 0..1 and labels [count]."""
     glyphs = {(font, digit): draw_glyph(font, digit) for font in fonts for digit in range(CLASSES)}
     distort = transforms.RandomAffine(degrees=15, translate=(0.04, 0.04), scale=(0.85, 1.1))
     labels = torch.arange(count) % CLASSES
@@ -187,7 +191,7 @@ def download(dataset, folder, training):
         labels = torch.as_tensor(part.targets)
         if len(images) != len(labels) or labels.amin() < 0 or labels.amax() >= CLASSES:
             raise ValueError(f"labels must be {len(images):,} from 0 to {CLASSES - 1}")
-    except Exception as error:  # offline, no such folder, damaged files: the remedy is the same
+    except Exception as error:  # offline, damaged files, ...: the remedy is the same
         reason = " ".join(str(error).split())[:150]
         raise InputError(
             f"no whole {name} in {Path(folder)}, nor a download of it ({reason}): "
@@ -197,7 +201,7 @@ def download(dataset, folder, training):
 
 
 def load_data(dataset, folder, device):
-    """The Data of a data set, on the device. Raises InputError if its files cannot be had."""
+    """The Data of a data set. Raises InputError if its files cannot be had."""
     if dataset == "glyphs":  # half of the test images are in fonts that are not trained on
         validation_size = 4_000
         images, labels = draw_glyphs(20_000, FONTS, 0)
@@ -231,21 +235,15 @@ def first(split, count):
 
 
 class Curriculum(namedtuple("Curriculum", "images labels lr momentum")):
-    """What a learner trains on, one entry per inner step.
-
-    images [T, B, C, H, W], labels [T, B] int64, lr [T], momentum [T].
-    """
+    """What a learner trains on: images [T, B, C, H, W], labels [T, B], lr [T], momentum [T]."""
 
     def shuffled(self, order):
-        """Its batches, or all its images, in random order; lr and momentum keep their step.
-
-        Differentiable. A CUDA graph draws a new order each time it is replayed.
-        """
+        """Its batches, or all its images, in random order; lr and momentum keep their step."""
         if order == "in order":
             return self
         together = self.labels.shape[1] if order == "batch-shuffled" else 1
         places = self.labels.numel() // together
-        index = torch.rand(places, device=self.lr.device).argsort()
+        index = torch.rand(places, device=self.lr.device).argsort()  # a CUDA graph can replay it
 
         def rearrange(x):
             pieces = x.reshape(places, together, *x.shape[2:])
@@ -257,7 +255,7 @@ class Curriculum(namedtuple("Curriculum", "images labels lr momentum")):
 def make_generator(config, image_shape):
     """From latent input and one-hot label [B, latent + 10] to images in -1..1 [B, C, H, W].
 
-    Paper, section 3.1. Batch statistics are those of one inner step.
+    Paper, section 3.1; batch statistics are those of one inner step.
     """
     channels, height, width = image_shape
     filters = config.generator_filters
@@ -282,7 +280,7 @@ def make_generator(config, image_shape):
 class Teacher(nn.Module):
     """All that is meta-learned, phi: generator, latent input, inner learning rate, momentum.
 
-    Of real data, which only the variant `real` reads, it makes a differentiable Curriculum.
+    Makes a differentiable Curriculum; only the variant `real` reads the data.
     """
 
     def __init__(self, config, image_shape):
@@ -347,7 +345,7 @@ class MaxPool(nn.Module):
 def make_learner(architecture, image_shape):
     """The learner, from images [N, C, H, W] to logits [N, 10]: change it here.
 
-    Any module without running state will do. Raises InputError for images that are too small.
+    Any module without running state will do. Raises InputError for too small images.
     """
     channels, height, width = image_shape
     layers = []
@@ -361,9 +359,8 @@ def make_learner(architecture, image_shape):
         height //= 2
         width //= 2
         if height * width < (2 if architecture.normalization == "instance" else 1):
-            blocks = len(architecture.filters)
-            size = "x".join(map(str, image_shape[1:]))
-            raise InputError(f"{blocks} conv blocks are too deep for images of {size}")
+            depth = f"{len(architecture.filters)} conv blocks are too deep"
+            raise InputError(f"{depth} for images of {image_shape[1]}x{image_shape[2]}")
     layers.append(nn.Flatten())
     features = channels * height * width
     if architecture.hidden_units:
@@ -384,7 +381,7 @@ def blueprint(architecture, image_shape):
     with torch.device("meta"):
         learner = make_learner(architecture, image_shape)
     for name, _ in learner.named_buffers():
-        raise InputError(f"make_learner: a learner must have no running state, such as {name}")
+        raise InputError(f"make_learner: learners must have no running state, such as {name}")
     return learner
 
 
@@ -417,16 +414,14 @@ def init_learner(architecture, image_shape):
 
 
 # ---- inner loop and meta-gradient ----
-#   theta_t  learner's parameters after t inner steps     alpha_t   inner learning rate
-#   v_t      velocity                                     mu_t      momentum
-#   g_t      gradient of the loss on synthetic batch t    phi       all that the teacher learns
-#   lambda_t adjoint: dL/d(theta_t, v_t)
+#   theta_t   learner's parameters after t steps      alpha_t, mu_t   inner learning rate, momentum
+#   v_t       velocity                                lambda_t        adjoint dL/d(theta_t, v_t)
+#   g_t       gradient of the loss on batch t         phi             all that the teacher learns
 #
-#   inner step (paper, section 3.1)
-#       v_{t+1} = mu_t v_t + g_t(theta_t)
-#       theta_{t+1} = theta_t - alpha_t v_{t+1}
-#   meta-loss L: the mean over chosen t of the loss of theta_t on real data
-#   meta-gradient: dL/dphi
+#   inner step (paper, section 3.1)  v_{t+1} = mu_t v_t + g_t(theta_t)
+#                                    theta_{t+1} = theta_t - alpha_t v_{t+1}
+#   meta-loss L                      mean over chosen t of the loss of theta_t on real data
+#   meta-gradient                    dL/dphi
 
 
 def leaf(x):
@@ -437,7 +432,7 @@ def leaf(x):
 def inner_step(theta, velocity, images, labels, lr, momentum, architecture, create_graph=False):
     """(theta, velocity) after a step of SGD with momentum, as torch.optim.SGD takes it.
 
-    images [B, C, H, W], labels [B], lr [], momentum []. Another optimizer goes here.
+    images [B, C, H, W], labels [B], lr [], momentum []: change the inner optimizer here.
     """
     loss = F.cross_entropy(logits(theta, images, architecture), labels)
     (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph)
@@ -448,7 +443,7 @@ def inner_step(theta, velocity, images, labels, lr, momentum, architecture, crea
 def unroll(theta, curriculum, architecture, create_graph=False):
     """Train from theta_0 on a curriculum: yields (theta_t, v_t) for t = 0, ..., T.
 
-    Differentiable with create_graph; without it, no graph outlives its step.
+    Differentiable with create_graph; else no graph outlives its step.
     """
     state = leaf(theta), torch.zeros_like(theta)
     yield state
@@ -460,7 +455,7 @@ def unroll(theta, curriculum, architecture, create_graph=False):
 
 def real_loss(theta, real, architecture):
     """A learner's cross-entropy on real data (a Split), in nats."""
-    parts = real.images.split(128)  # which fit into a CPU's cache
+    parts = real.images.split(128)  # for a CPU's cache
     outputs = torch.cat([logits(theta, part, architecture) for part in parts])
     return F.cross_entropy(outputs, real.labels)
 
@@ -554,7 +549,7 @@ def add_meta_gradient(teacher, data, theta, architecture):
 def outer_step(teacher, optimizer, data, step, replay=None):
     """One step of Adam on phi along the mean meta-gradient of fresh learners: an OuterStep.
 
-    step counts from 0. replay: what `capture_graph` returns. phi_norm: that of phi afterwards.
+    step counts from 0; replay is what `capture_graph` returns; phi_norm is that afterwards.
     """
     config = teacher.config
     learners = config.learners_per_step
@@ -578,7 +573,7 @@ def outer_step(teacher, optimizer, data, step, replay=None):
         x /= learners * WORLD
     optimizer.step()
     gradient_norm = nn.utils.get_total_norm([p.grad for p in phi])
-    # with the learning rate itself, which may be infinite where its logarithm is not
+    # and of the learning rate, which may be infinite where its logarithm is not
     phi_norm = nn.utils.get_total_norm([*phi, teacher.log_lr.exp()])
     return OuterStep(*torch.stack([meta_loss, gradient_norm, phi_norm]).tolist())
 
@@ -634,8 +629,8 @@ def accuracy(theta, split, architecture):
 def evaluate(teacher, data, split, learners, order=None, tested="as trained", every_step=False):
     """Test accuracy of fresh learners, which no teacher has met: a row of evaluation.json.
 
-    order: one of ORDERS, by default the teacher's own. tested: a key of TESTED. every_step:
-    accuracies after each of the T inner steps. Raises InputError if the images are too small.
+    order: one of ORDERS, by default the teacher's. tested: a key of TESTED. every_step: T
+    accuracies, after each inner step. Raises InputError if the images are too small.
     """
     config = teacher.config
     order = order or config.order
@@ -683,9 +678,7 @@ def reading(path):
     except Exception as error:
         message = " ".join(str(error).split(". ")[0].split())[:150]
         reason = f"{type(error).__name__}: {message}"
-        raise InputError(
-            f"cannot read {path}: missing, damaged, or not what it should be ({reason})"
-        ) from None
+        raise InputError(f"cannot read {path}: missing or damaged ({reason})") from None
 
 
 def read(path):
@@ -697,9 +690,9 @@ def read(path):
             return [dict(json.loads(line)) for line in path.read_text("utf-8").split("\n")[:-1]]
         content = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
         if zipfile.ZipFile(path).testzip():
-            raise ValueError("it has other bytes than were written")
+            raise ValueError("other bytes than were written")
         if content["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
+            raise ValueError(f"not of format {FORMAT}")
         return content
 
 
@@ -747,7 +740,7 @@ def locked(folder):
 
 
 def read_teacher(path, device="cpu", data=None):
-    """The Teacher of a .pt and the file's content, its Curriculum on the device.
+    """The Teacher and the content of a .pt, with a Curriculum on the device.
 
     Raises InputError for a damaged file, and for one of other images than `data`.
     """
@@ -770,9 +763,7 @@ def read_teacher(path, device="cpu", data=None):
             or not all(x.dtype == torch.float32 and x.isfinite().all() for x in floats)
             or content["step"] not in range(config.outer_steps + 1)
         ):
-            raise ValueError(
-                "its step, or numbers, type or shape of a tensor do not fit its config"
-            )
+            raise ValueError("its step or its tensors do not fit its config")
     if data:
         of_data = torch.stack([data.mean, data.std]).cpu()
         of_file = torch.stack([content["mean"], content["std"]])
@@ -847,10 +838,7 @@ def begin(config, data, folder, resume):
 
 
 def save(folder, teacher, optimizer, data, step, log):
-    """Write teacher.pt, log.jsonl and checkpoint.pt.
-
-    A teacher that draws a new curriculum for every learner is saved with one of them.
-    """
+    """Write teacher.pt, log.jsonl and checkpoint.pt; of a curriculum drawn anew, one draw."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = teacher(data)._asdict()
     content = {
@@ -868,7 +856,7 @@ def save(folder, teacher, optimizer, data, step, log):
 
 
 def validate(teacher, data):
-    """What the log says of a validation: accuracy of fresh learners, and the learned rates."""
+    """Accuracy of fresh learners and the learned rates, for the log."""
     config = teacher.config
     split = first(data.validation, config.validation_images)
     return {
@@ -886,7 +874,7 @@ def log_line(event, step, started, **fields):
 def train(config, data, folder, resume=False, stop_after=None):
     """Meta-train to the end of the schedule, or until `stop_after` outer steps in all.
 
-    Returns how many there are then. Raises InputError if training diverges.
+    Returns how many there are. Raises InputError if training diverges.
     """
     teacher, optimizer, step, log = begin(config, data, folder, resume)
     replay = None
@@ -910,8 +898,8 @@ def train(config, data, folder, resume=False, stop_after=None):
                 teacher, optimizer, data, step - 1, replay
             )
             if not math.isfinite(meta_loss + gradient_norm + phi_norm):
-                good = f"{folder}/teacher.pt is good"
-                raise InputError(f"outer step {step} diverged; {good}: reduce outer_lr, inner_lr")
+                advice = f"{folder}/teacher.pt is good: reduce outer_lr, inner_lr"
+                raise InputError(f"outer step {step} diverged; {advice}")
             losses = {"meta_loss": meta_loss, "gradient_norm": gradient_norm}
             log.append(log_line("step", step, started, **losses))
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
@@ -924,7 +912,7 @@ def train(config, data, folder, resume=False, stop_after=None):
 
 
 def evaluate_file(path, learners, data, device, resume):
-    """Test fresh learners of a teacher.pt: print a row for each test, write evaluation.json.
+    """Test fresh learners of a teacher.pt: print rows, and write them to evaluation.json.
 
     With `resume`, rows that are there already are only printed.
     """
@@ -966,28 +954,23 @@ def requirement(field):
     example = f"like {json.dumps(field.default)}"
     if about["choices"]:
         number = "a list of" if type(field.default) is tuple else "one of"
-        return f"{number} {', '.join(map(str, about['choices']))}, {example}"
-    if type(field.default) in (bool, str):
-        return example
+        return f"{number} {', '.join(str(x).lower() for x in about['choices'])}, {example}"
+    if type(field.default) is str:
+        return f"letters, digits, - and _, {example}"
     return f"from {about['low']} to {about['high']:,}, {example}"
 
 
 def is_allowed(value, kind, about):
-    """Whether a value has this type, and is within the bounds or choices of a setting."""
+    """Whether a value has this type, and is within a setting's bounds or choices."""
     if about["choices"]:
         return type(value) is kind and value in about["choices"]
-    if kind in (int, float):
-        return type(value) in (int, kind) and about["low"] <= value <= about["high"]
     if kind is str:
-        return type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value) is not None
-    return type(value) is kind
+        return type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value)
+    return type(value) in (int, kind) and about["low"] <= value <= about["high"]
 
 
 def checked(field, value):
-    """The value as Config keeps it: a list as a tuple, 1 as 1.0 where the default is a float.
-
-    Raises InputError if the setting does not allow it.
-    """
+    """The value as Config keeps it, lists as tuples. Raises InputError if it is not allowed."""
     about = field.metadata
     kind = type(field.default)
     if type(value) is list:
@@ -1001,15 +984,14 @@ def checked(field, value):
         for pair in pairs
     )
     if not valid:
-        shown = json.dumps(value)[:60]
-        raise InputError(f"{field.name}={shown}: must be {requirement(field)}")
+        raise InputError(f"{field.name}={json.dumps(value)[:60]}: must be {requirement(field)}")
     return float(value) if kind is float else value
 
 
-def make_config(name="quick", settings=(), **flags):
-    """The Config of an entry of configs.json, changed by "KEY=VALUE"s, then by flags if not None.
+def make_config(name="quick", settings=()):
+    """The Config of an entry of configs.json, changed by "KEY=VALUE" settings.
 
-    Raises InputError for unknown names and bad values.
+    Raises InputError for unknown names and values that are not allowed.
     """
     configs = read(Path(__file__).with_name("configs.json"))
     if type(configs.get(name)) is not dict:
@@ -1023,7 +1005,7 @@ def make_config(name="quick", settings=(), **flags):
     for key in changes:
         if key not in Config.__dataclass_fields__:
             raise InputError(f"unknown setting {key[:60]!r}: --help lists them all")
-    return Config(**changes | {key: value for key, value in flags.items() if value is not None})
+    return Config(**changes)
 
 
 def argument_parser(**options):
@@ -1056,7 +1038,7 @@ def choose_device(name):
 
 
 def run(program, command, arguments):
-    """Exit status of command(arguments): 2 after an error that the user can fix, in one line."""
+    """Exit status of command(arguments); an error that the user can fix is one line, and 2."""
     try:
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1080,18 +1062,18 @@ def run(program, command, arguments):
     return status
 
 
-def parse_arguments(arguments):
-    """The command line of gtn.py, with its help."""
+def main(arguments=None):
+    """The command line of gtn.py: train a teacher and evaluate it, or evaluate one."""
     settings = ["settings, for --set:"]
     for field in dataclasses.fields(Config):
         settings.append(f"  {field.name}: {requirement(field)}\n      {field.metadata['meaning']}")
     parser = argument_parser(description=__doc__.splitlines()[0], epilog="\n".join(settings))
     add = parser.add_argument
     add("--config", default="quick", help="entry of configs.json (default: quick)")
-    add("--variant", help=f"what the learner trains on: {', '.join(VARIANTS)}")
-    add("--seed", type=int, help="fixes everything on a CPU")
-    add("--outer-steps", type=int, help="length of the schedule")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see below")
+    for name in ("variant", "seed", "outer_steps"):
+        short = {"dest": "set", "action": "append", "type": f"{name}={{}}".format}
+        add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue a run, or with --evaluate an evaluation")
     add("--stop-after", type=int, help="stop with a checkpoint after so many outer steps in all")
@@ -1100,30 +1082,19 @@ def parse_arguments(arguments):
     args = parser.parse_args(arguments)
     if any(x is not None and x < 1 for x in (args.learners, args.stop_after)):
         parser.error("--learners, --stop-after: must be at least 1")
-    of_training = args.variant, args.seed, args.outer_steps, args.stop_after
-    if args.evaluate and (args.set or of_training != (None,) * 4):
-        parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
-    return args
-
-
-def main(arguments=None):
-    """Train a teacher and evaluate it, or evaluate one."""
-    args = parse_arguments(arguments)
     device = choose_device(args.device)
     if args.evaluate:
-        teacher, _ = read_teacher(args.evaluate)
-        data = load_data(teacher.config.dataset, args.data, device)
-        evaluate_file(args.evaluate, args.learners or 100, data, device, args.resume)
-        return
-    flags = {"variant": args.variant, "seed": args.seed, "outer_steps": args.outer_steps}
-    config = make_config(args.config, args.set, **flags)
-    folder = Path(args.runs or "runs") / f"{config.name}-{config.condition}-s{config.seed}"
+        if args.set or args.stop_after:
+            parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
+        data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
+        return evaluate_file(args.evaluate, args.learners or 100, data, device, args.resume)
+    config = make_config(args.config, args.set)
+    folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)
     steps = train(config, data, folder, args.resume, args.stop_after)
-    if RANK > 0:
-        return
-    print(f"{folder}: {steps} of {config.outer_steps} outer steps")
-    if steps == config.outer_steps:
+    if RANK == 0:
+        print(f"{folder}: {steps} of {config.outer_steps} outer steps")
+    if RANK == 0 and steps == config.outer_steps:
         learners = args.learners or config.test_learners
         evaluate_file(folder / "teacher.pt", learners, data, device, resume=True)
 

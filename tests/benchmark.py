@@ -129,9 +129,8 @@ def measure_speed(config, methods, rounds, device_name):
     for method, row in record.items():
         row["median"] = statistics.median(row["seconds"])
         row["peak"] = fresh_process(memory, config, method, device_name)
-        print(
-            f"{config.name}, {method}: {row['median']:.3f} s (median of {rounds}), {row['peak']:.0f} MiB"
-        )
+        time_and_memory = f"{row['median']:.3f} s (median of {rounds}), {row['peak']:.0f} MiB"
+        print(f"{config.name}, {method}: {time_and_memory}")
     for row in record.values() if "higher" in record else ():
         row["times_faster_than_higher"] = record["higher"]["median"] / row["median"]
     return record
