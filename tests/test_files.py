@@ -13,9 +13,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, few_glyphs, shell
+from conftest import ROOT, TINY, few_glyphs, shell, tiny
 
 import gtn
+import nas
 
 
 def contents(folder):
@@ -278,6 +279,36 @@ def test_readme_quotes_the_definition():
     source = (ROOT / "gtn.py").read_text()
     assert signature in source
     assert body in source
+
+
+def test_readme_s_residual_network_is_a_learner(run_gtn, tmp_path, monkeypatch):
+    """The README's own network: meta-gradients agree, a teacher learns, files and sizes follow."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (snippet,) = [block for block in blocks if "def make_learner(" in block]
+    names = dict(vars(gtn))
+    exec(snippet, names)
+    monkeypatch.setattr(gtn, "make_learner", names["make_learner"])
+    gtn.blueprint.cache_clear()
+    try:
+        _, data, theta, architecture, batches = tiny(filters=(3,))
+        teacher = gtn.Teacher(gtn.Config(inner_steps=5, batch_size=4), (1, 8, 8)).double()
+        curriculum = teacher(data)
+        results = [
+            method(theta, curriculum, architecture, batches)
+            for method in (gtn.meta_gradient, gtn.meta_gradient_flat)
+        ]
+        for full, flat in zip(*results, strict=True):
+            torch.testing.assert_close(flat, full, rtol=1e-9, atol=1e-12)
+        settings = [*TINY, "filters=[8]", "inner_steps=8", "batch_size=20", "meta_batch_size=64"]
+        status, _, error = run_gtn("--outer-steps", "25", settings=settings)
+        assert status == 0, error
+        lines = gtn.read(tmp_path / "runs" / "quick-learned-s0" / "log.jsonl")
+        losses = [line["meta_loss"] for line in lines if line["event"] == "step"]
+        assert losses[-1] < 0.9 * losses[0]
+        parameters = nas.sizes(architecture, (1, 8, 8))["parameters"]
+        assert parameters == len(theta) == 3 * 9 + 3 * 3 + 2 * (9 * 9 + 3 * 3) + 10 * 3 * 4 + 10
+    finally:
+        gtn.blueprint.cache_clear()
 
 
 def test_readme_snippet_trains_a_fresh_network(tmp_path, monkeypatch, capsys):
