@@ -164,8 +164,7 @@ def draw_glyph(font, digit):
     canvas = Image.new("L", (99, 99))
     typeface = ImageFont.truetype(str(path), 48)
     ImageDraw.Draw(canvas).text((50, 50), str(digit), 255, typeface, "mm")
-    glyph = ImageOps.pad(canvas.crop(canvas.getbbox()), (20, 20))
-    return ImageOps.expand(glyph, 4)
+    return ImageOps.expand(ImageOps.pad(canvas.crop(canvas.getbbox()), (20, 20)), 4)
 
 
 def draw_glyphs(count, fonts, seed):
@@ -175,7 +174,7 @@ def draw_glyphs(count, fonts, seed):
     labels = torch.arange(count) % CLASSES
     with seeded(seed):
         chosen = [(fonts[torch.randint(len(fonts), ())], label) for label in labels.tolist()]
-        images = np.stack([np.array(distort(glyphs[key])) for key in chosen])
+        images = np.stack([distort(glyphs[font_and_digit]) for font_and_digit in chosen])
         images = torch.from_numpy(images)[:, None] / 255
         images += 0.15 * torch.rand(count, 1, 1, 1) * torch.randn(images.shape)
     return images.clamp(0, 1), labels
@@ -192,11 +191,10 @@ def download(dataset, folder, training):
         if len(images) != len(labels) or labels.amin() < 0 or labels.amax() >= CLASSES:
             raise ValueError(f"labels must be {len(images):,} from 0 to {CLASSES - 1}")
     except Exception as error:  # offline, damaged files, ...: the remedy is the same
+        problem = f"no whole {name} in {Path(folder)}, and no download of it"
         reason = " ".join(str(error).split())[:150]
-        raise InputError(
-            f"no whole {name} in {Path(folder)}, nor a download of it ({reason}): "
-            "put its files there, or choose another --data DIR, or --config quick"
-        ) from None
+        advice = "put its files there, or choose another --data DIR, or --config quick"
+        raise InputError(f"{problem} ({reason}): {advice}") from None
     return images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None], labels
 
 
@@ -260,19 +258,20 @@ def make_generator(config, image_shape):
     channels, height, width = image_shape
     filters = config.generator_filters
     half = max(1, filters // 2)
+    stateless = {"track_running_stats": False}
     return nn.Sequential(
         nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
-        nn.BatchNorm1d(config.hidden_size, track_running_stats=False),
+        nn.BatchNorm1d(config.hidden_size, **stateless),
         nn.LeakyReLU(0.1),
         nn.Linear(config.hidden_size, filters * (height // 4) * (width // 4)),
         nn.Unflatten(1, (filters, height // 4, width // 4)),
-        nn.BatchNorm2d(filters, track_running_stats=False),
+        nn.BatchNorm2d(filters, **stateless),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(filters, half, 4, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(half, track_running_stats=False),
+        nn.BatchNorm2d(half, **stateless),
         nn.LeakyReLU(0.1),
         nn.ConvTranspose2d(half, channels, 4, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(channels, track_running_stats=False),  # else most pixels soon saturate
+        nn.BatchNorm2d(channels, **stateless),  # else most pixels soon saturate
         nn.Tanh(),
     )
 
@@ -285,9 +284,9 @@ class Teacher(nn.Module):
 
     def __init__(self, config, image_shape):
         super().__init__()
+        self.config = config
         T = config.inner_steps
         B = config.batch_size
-        self.config = config
         # a logarithm keeps the learning rate positive, a logit the momentum within (0, 1)
         self.log_lr = nn.Parameter(torch.full((T,), config.inner_lr).log())
         self.logit_momentum = nn.Parameter(torch.full((T,), config.momentum).logit())
@@ -295,10 +294,10 @@ class Teacher(nn.Module):
             self.images = nn.Parameter(torch.randn(T, B, *image_shape))
         elif config.variant != "real":
             self.generator = make_generator(config, image_shape)
-            if config.variant == "learned":
-                self.latent = nn.Parameter(torch.randn(T, B, config.latent_size))
-            elif config.variant == "random_fixed":
-                self.latent = nn.Buffer(torch.randn(T, B, config.latent_size))
+            if config.variant != "random":
+                learned = config.variant == "learned"
+                latent = torch.randn(T, B, config.latent_size)
+                self.latent = nn.Parameter(latent) if learned else nn.Buffer(latent)
 
     def forward(self, data):
         config = self.config
@@ -316,16 +315,12 @@ class Teacher(nn.Module):
         else:
             latent = self.latent
         inputs = torch.cat([latent, F.one_hot(labels, CLASSES).to(latent)], 2)
-        images = torch.stack([self.generate(step) for step in inputs])
+        make = self.generator
+        if config.flat:  # keep no graph, and make the images once more for their gradient
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            make = functools.partial(checkpoint, make, **options)
+        images = torch.stack([config.image_scale * make(step) for step in inputs])
         return Curriculum(images, labels, lr, momentum)
-
-    def generate(self, inputs):
-        """Images [B, C, H, W] of one inner step, from inputs [B, latent + 10]."""
-        if not self.config.flat:
-            return self.config.image_scale * self.generator(inputs)
-        # keep no graph: make the images once more for their gradient
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return self.config.image_scale * checkpoint(self.generator, inputs, **options)
 
 
 # ---- learner ----
@@ -530,7 +525,7 @@ def sample_architecture(config):
     return Architecture(filters, kernels, pooling, config.normalization, config.hidden_units)
 
 
-def add_meta_gradient(teacher, data, theta, architecture):
+def add_meta_gradient(teacher, data, architecture, theta):
     """Train one fresh learner from theta_0, add its meta-gradient to phi's .grad: the meta-loss."""
     config = teacher.config
     curriculum = teacher(data).shuffled(config.order)
@@ -563,10 +558,8 @@ def outer_step(teacher, optimizer, data, step, replay=None):
         with seeded(config.seed, META_TRAINING, step, k):
             architecture = sample_architecture(config)
             theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
-            if replay:
-                meta_loss += replay(theta)
-            else:
-                meta_loss += add_meta_gradient(teacher, data, theta, architecture)
+            add = replay or functools.partial(add_meta_gradient, teacher, data, architecture)
+            meta_loss += add(theta)
     for x in (meta_loss, *(p.grad for p in phi)):
         if WORLD > 1:
             distributed.all_reduce(x)
@@ -594,10 +587,10 @@ def capture_graph(teacher, data):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a capture asks for it
         for _ in range(3):
-            add_meta_gradient(teacher, data, theta, architecture)
+            add_meta_gradient(teacher, data, architecture, theta)
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):  # records, computes nothing
-        meta_loss = add_meta_gradient(teacher, data, theta, architecture)
+        meta_loss = add_meta_gradient(teacher, data, architecture, theta)
 
     def replay(theta_0):
         theta.copy_(theta_0)
@@ -671,13 +664,13 @@ def in_words(row):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a missing, damaged or hostile file raises inside becomes one InputError."""
+    """Whatever a missing, damaged or hostile file raises inside becomes an InputError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # the error says enough
             yield
     except Exception as error:
-        message = " ".join(str(error).split(". ")[0].split())[:150]
-        reason = f"{type(error).__name__}: {message}"
+        reason = " ".join(str(error).split(". ")[0].split())[:150]
+        reason = f"{type(error).__name__}: {reason}"
         raise InputError(f"cannot read {path}: missing or damaged ({reason})") from None
 
 
@@ -790,7 +783,8 @@ def read_evaluation(path):
 def environment(device):
     """Where a result comes from; a commit ends in "-dirty" if files have changed."""
     git = "git describe --always --dirty --abbrev=40 '--exclude=*'"
-    options = {"shell": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
+    here = Path(__file__).parent
+    answer = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here)
     cpu = f"{os.uname().machine} CPU, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -799,7 +793,7 @@ def environment(device):
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "command": subprocess.list2cmdline(["python", *sys.argv]),
-        "commit": subprocess.run(git, **options).stdout.strip() or None,
+        "commit": answer.stdout.strip() or None,
     }
 
 
@@ -820,8 +814,8 @@ def begin(config, data, folder, resume):
             there = vars(Config(**read(path)["config"]))
         changes = [f"{k}={there[k]!r}, now {v!r}" for k, v in vars(config).items() if v != there[k]]
         if changes or not resume:
-            which = f"a run with {'; '.join(changes)}:"
-            which = which if changes else "this run: continue it with --resume, or"
+            other = f"a run with {'; '.join(changes)}:"
+            which = other if changes else "this run: continue it with --resume, or"
             raise InputError(f"{folder} holds {which} choose another --runs, or --set name=NAME")
     path = folder / "checkpoint.pt"
     if path.exists():
@@ -889,19 +883,16 @@ def train(config, data, folder, resume=False, stop_after=None):
     with bar, locked(folder):
         log.append(log_line("resume" if log else "start", step, started, environment=origin))
         if RANK == 0 and step == 0:
-            settings = {"config": dataclasses.asdict(config), "environment": origin}
-            write(folder / "config.json", settings)
+            content = {"config": dataclasses.asdict(config), "environment": origin}
+            write(folder / "config.json", content)
             log.append(log_line("validation", step, started, **validate(teacher, data)))
             save(folder, teacher, optimizer, data, step, log)
         for step in bar:
-            meta_loss, gradient_norm, phi_norm = outer_step(
-                teacher, optimizer, data, step - 1, replay
-            )
-            if not math.isfinite(meta_loss + gradient_norm + phi_norm):
+            result = outer_step(teacher, optimizer, data, step - 1, replay)
+            if not math.isfinite(sum(result)):
                 advice = f"{folder}/teacher.pt is good: reduce outer_lr, inner_lr"
                 raise InputError(f"outer step {step} diverged; {advice}")
-            losses = {"meta_loss": meta_loss, "gradient_norm": gradient_norm}
-            log.append(log_line("step", step, started, **losses))
+            log.append(log_line("step", step, started, **result._asdict()))
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
                 log.append(log_line("validation", step, started, **validate(teacher, data)))
                 bar.set_postfix_str(f"validation {log[-1]['accuracy']['mean']:.3f}")
@@ -961,11 +952,14 @@ def requirement(field):
 
 
 def is_allowed(value, kind, about):
-    """Whether a value has this type, and is within a setting's bounds or choices."""
+    """Whether a value has this type and is within a setting's bounds or choices."""
     if about["choices"]:
         return type(value) is kind and value in about["choices"]
     if kind is str:
         return type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value)
+    if type(value) is tuple:  # [low, high]
+        ordered = len(value) == 2 and all(is_allowed(x, kind, about) for x in value)
+        return ordered and value[0] <= value[1]
     return type(value) in (int, kind) and about["low"] <= value <= about["high"]
 
 
@@ -975,14 +969,12 @@ def checked(field, value):
     kind = type(field.default)
     if type(value) is list:
         value = tuple(tuple(x) if type(x) is list else x for x in value)
-    pairs = [(value, value)]
-    if kind is tuple and type(value) is tuple:  # of numbers, or pairs of numbers
-        kind = type(field.default[0])
-        pairs = [x if type(x) is tuple and not about["choices"] else (x, x) for x in value]
-    valid = len(pairs) > 0 and all(
-        len(pair) == 2 and all(is_allowed(x, kind, about) for x in pair) and pair[0] <= pair[1]
-        for pair in pairs
-    )
+    if (kind is tuple) != (type(value) is tuple) or value == ():
+        valid = False
+    elif kind is tuple:
+        valid = all(is_allowed(x, type(field.default[0]), about) for x in value)
+    else:
+        valid = is_allowed(value, kind, about)
     if not valid:
         raise InputError(f"{field.name}={json.dumps(value)[:60]}: must be {requirement(field)}")
     return float(value) if kind is float else value
@@ -1030,8 +1022,8 @@ def choose_device(name):
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
     if name not in ("auto", "cuda") or number >= count:
-        allowed = f"must be auto, cpu or cuda; {count} CUDA devices are here"
-        raise InputError(f"--device {name[:60]}: {allowed}")
+        devices = f"auto, cpu or cuda; {count} CUDA devices are here"
+        raise InputError(f"--device {name[:60]}: must be {devices}")
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions do anyway
     return torch.device("cuda", number)

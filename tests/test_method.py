@@ -144,7 +144,7 @@ def test_meta_loss_every_counts_from_the_last_inner_step(monkeypatch, every, exp
     monkeypatch.setattr(
         gtn, "meta_gradient", lambda *arguments: found.extend(arguments[-1]) or original(*arguments)
     )
-    gtn.add_meta_gradient(teacher, data, theta, architecture)
+    gtn.add_meta_gradient(teacher, data, architecture, theta)
     assert [
         t for t, real in enumerate(found, 1) if real is not None and len(real.labels) == 12
     ] == expected
@@ -346,7 +346,7 @@ def test_learners_of_an_outer_step_are_averaged():
         with gtn.seeded(teacher.config.seed, gtn.META_TRAINING, 5, k):
             architecture = gtn.sample_architecture(teacher.config)
             theta = gtn.init_learner(architecture, (1, 8, 8)).double()
-            losses.append(gtn.add_meta_gradient(teacher, data, theta, architecture).item())
+            losses.append(gtn.add_meta_gradient(teacher, data, architecture, theta).item())
         singles.append([p.grad.clone() for p in teacher.parameters()])
     assert losses[0] != losses[1]
     assert result.meta_loss == pytest.approx(sum(losses) / 2)
@@ -450,7 +450,7 @@ def test_a_teacher_is_trained_under_its_order(monkeypatch, order):
     monkeypatch.setattr(gtn, "meta_gradient", lambda *a: met.append(a) or original(*a))
     for key in (1, 2):
         with gtn.seeded(key):
-            gtn.add_meta_gradient(teacher, data, theta, architecture)
+            gtn.add_meta_gradient(teacher, data, architecture, theta)
         with gtn.seeded(key):
             assert torch.equal(met[-1][1].images, teacher(data).shuffled(order).images)
     assert torch.equal(met[0][1].images, met[1][1].images) == (order == "in order")
