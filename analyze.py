@@ -237,30 +237,6 @@ def order_table(groups):
     return table
 
 
-def search_table(search):
-    """Rows of text, the header first: how well each method ranks, and at what cost."""
-    header = ["ranked by", "Spearman, all", "better half", "given both sizes", "Kendall, all"]
-    table = [[*header, "teacher minus it", "seconds each", "test accuracy of its best"]]
-    for method, figures in search["correlations"].items():
-        spearman = figures["spearman"]
-        estimates = [
-            spearman["all"],
-            spearman["top half"],
-            figures["partial"]["all"],
-            figures["kendall"]["all"],
-            spearman["all"]["teacher minus this"],
-        ]
-        key = "truth" if method == "ceiling" else method
-        cost = search["seconds"].get(key)
-        best = search["best"].get(key)
-        row = [METHODS.get(method, method), *map(nas.interval, estimates)]
-        row.append(f"{cost['mean']:.3g}" if cost else "-")
-        row.append(f"{best['test']:.4f}" if best else "-")
-        table.append(row)
-    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**search["best"]["random"])
-    return [*table, ["random pick", *"------", picks]]
-
-
 # ---- figures ----
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -642,7 +618,8 @@ def search_blocks(path):
     search = gtn.read(path)
     name = path.parent.resolve().name
     figure = image_block(f"{name}-ranking", *draw_search(search))
-    return [("h2", name), ("table", search_table(search)), figure]
+    table = [[METHODS.get(row[0], row[0]), *row[1:]] for row in nas.ranking_table(search)]
+    return [("h2", name), ("table", table), figure]
 
 
 # ---- command line ----

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 CLASSES = 10  # in every data set below
 FORMAT = 1  # of the files that a run leaves
-RANK = int(os.environ.get("RANK", 0))  # this process of torchrun's
+RANK = int(os.environ.get("RANK", 0))  # this process, in torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
@@ -74,7 +74,7 @@ class Config:
 
     name: str = setting("A", "starts the run folder's name")
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
-    order: str = setting("in order", "drawn anew for every learner", choices=ORDERS)
+    order: str = setting("in order", "of the curriculum; redrawn per learner", choices=ORDERS)
     seed: int = setting(0, "fixes everything on a CPU, bit for bit", low=0, high=2**31 - 1)
     dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
     # curriculum and teacher
@@ -82,13 +82,13 @@ class Config:
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
     latent_size: int = setting(64, "of one image; earlier run: 64; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
-    generator_filters: int = setting(64, "at 1/4 of the image size, half at 1/2; paper: 128, 64")
+    generator_filters: int = setting(64, "in its first feature maps, then half; paper: 128")
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
     inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, which diverges here", 1e-9)
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
     # learner
     filters: tuple = setting((64, 128), "of every conv block; paper: 64, 128", high=65535)
-    least_blocks: int = setting(0, "0: all; else sample so many or more", low=0)
+    least_blocks: int = setting(0, "0: all; else the fewest to sample", low=0)
     kernels: tuple = setting((3,), "of a block; several: sampled", choices=(1, 3, 5, 7))
     pooling: tuple = setting(("max",), "of a learner; several: sampled", choices=("max", "average"))
     hidden_units: int = setting(0, "of one more layer; paper: 256", low=0)
@@ -289,7 +289,7 @@ class Teacher(nn.Module):
         B = config.batch_size
         # a logarithm keeps the learning rate positive, a logit the momentum within (0, 1)
         self.log_lr = nn.Parameter(torch.full((T,), config.inner_lr).log())
-        self.logit_momentum = nn.Parameter(torch.full((T,), config.momentum).logit())
+        self.logit_momentum = nn.Parameter(torch.full((T,), config.momentum).logit(1e-6))
         if config.variant == "pixels":
             self.images = nn.Parameter(torch.randn(T, B, *image_shape))
         elif config.variant != "real":
@@ -458,8 +458,8 @@ def real_loss(theta, real, architecture):
 def meta_gradient(theta, curriculum, architecture, batches):
     """Meta-loss, and its gradient in the curriculum's images, lr and momentum.
 
-    batches: for every inner step the real data (a Split) on which a loss is taken after it, or
-    None. Returns (loss [], images [T, B, C, H, W], lr [T], momentum [T]).
+    batches[t]: real data (a Split) for a loss after inner step t, or None.
+    Returns (loss [], images [T, B, C, H, W], lr [T], momentum [T]).
     """
     curriculum = Curriculum(*map(leaf, curriculum))
     _, *states = unroll(theta, curriculum, architecture, create_graph=True)
@@ -526,11 +526,11 @@ def sample_architecture(config):
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
-    """Train one fresh learner from theta_0, add its meta-gradient to phi's .grad: the meta-loss."""
+    """Train a learner from theta_0, add its meta-gradient to phi's .grad; return the meta-loss."""
     config = teacher.config
     curriculum = teacher(data).shuffled(config.order)
     batches = [None] * config.inner_steps
-    for t in range(config.inner_steps - 1, -1, -config.meta_loss_every):
+    for t in range(config.inner_steps)[:: -config.meta_loss_every]:  # from the last one on
         batches[t] = sample(data.train, config.meta_batch_size)
     method = meta_gradient_flat if config.flat else meta_gradient
     meta_loss, *gradients = method(theta, curriculum, architecture, batches)
@@ -542,9 +542,10 @@ def add_meta_gradient(teacher, data, architecture, theta):
 
 
 def outer_step(teacher, optimizer, data, step, replay=None):
-    """One step of Adam on phi along the mean meta-gradient of fresh learners: an OuterStep.
+    """One step of Adam on phi along the mean meta-gradient of fresh learners.
 
-    step counts from 0; replay is what `capture_graph` returns; phi_norm is that afterwards.
+    step counts from 0; replay is what `capture_graph` returns. The OuterStep's phi_norm is that
+    after the step.
     """
     config = teacher.config
     learners = config.learners_per_step
@@ -553,20 +554,20 @@ def outer_step(teacher, optimizer, data, step, replay=None):
     decay = 1 + (config.outer_lr_end - 1) * progress
     optimizer.param_groups[0]["lr"] = config.outer_lr * decay
     optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the same addresses
-    meta_loss = torch.zeros_like(data.mean[0])
+    meta_loss = 0
     for k in range(RANK * learners, (RANK + 1) * learners):
         with seeded(config.seed, META_TRAINING, step, k):
             architecture = sample_architecture(config)
             theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
             add = replay or functools.partial(add_meta_gradient, teacher, data, architecture)
-            meta_loss += add(theta)
+            meta_loss = meta_loss + add(theta)
     for x in (meta_loss, *(p.grad for p in phi)):
         if WORLD > 1:
             distributed.all_reduce(x)
         x /= learners * WORLD
     optimizer.step()
     gradient_norm = nn.utils.get_total_norm([p.grad for p in phi])
-    # and of the learning rate, which may be infinite where its logarithm is not
+    # and of lr, which may overflow where its logarithm does not
     phi_norm = nn.utils.get_total_norm([*phi, teacher.log_lr.exp()])
     return OuterStep(*torch.stack([meta_loss, gradient_norm, phi_norm]).tolist())
 
@@ -585,7 +586,7 @@ def capture_graph(teacher, data):
     side = torch.cuda.Stream()
     torch.backends.cudnn.benchmark = True  # the graph keeps the fastest kernels
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # a capture asks for it
+    with torch.cuda.stream(side):  # capture needs a warm-up
         for _ in range(3):
             add_meta_gradient(teacher, data, architecture, theta)
     torch.cuda.current_stream().wait_stream(side)
@@ -620,7 +621,7 @@ def accuracy(theta, split, architecture):
 
 
 def evaluate(teacher, data, split, learners, order=None, tested="as trained", every_step=False):
-    """Test accuracy of fresh learners, which no teacher has met: a row of evaluation.json.
+    """Accuracy of fresh learners, unseen in training: a row of evaluation.json.
 
     order: one of ORDERS, by default the teacher's. tested: a key of TESTED. every_step: T
     accuracies, after each inner step. Raises InputError if the images are too small.
@@ -634,17 +635,17 @@ def evaluate(teacher, data, split, learners, order=None, tested="as trained", ev
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
             curriculum = teacher(data).shuffled(order)
         _, *states = unroll(theta, curriculum, architecture)
-        curve = [
-            accuracy(theta, split, architecture) for theta, _ in states[0 if every_step else -1 :]
-        ]
-        accuracies.append(curve if every_step else curve[0])
+        if every_step:
+            accuracies.append([accuracy(theta, split, architecture) for theta, _ in states])
+        else:
+            accuracies.append(accuracy(states[-1][0], split, architecture))
     row = {"architecture": tested, "order": order, "every_step": every_step}
     row["transductive"] = config.normalization == "batch"  # predictions depend on each other
     return row | summary(accuracies)
 
 
 def summary(accuracies):
-    """Mean, standard deviation (None for one) and n of accuracies [n] or [n][T], and these."""
+    """{mean, std (None if n = 1), n, accuracies} of accuracies [n] or [n][T]."""
     n = len(accuracies)
     std = np.std(accuracies, axis=0, ddof=1).tolist() if n > 1 else None
     mean = np.mean(accuracies, axis=0).tolist()
@@ -717,7 +718,7 @@ def write(path, content):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Inside, the folder is this process's (torchrun: rank 0's). InputError: it is another's."""
+    """Lock the folder (torchrun: by rank 0). Raises InputError if another process has it."""
     if RANK > 0:
         yield
         return
@@ -749,7 +750,7 @@ def read_teacher(path, device="cpu", data=None):
         channels = image_shape[:1]
         expected = [(T, B, *image_shape), (T, B), (T,), (T,), channels, channels]
         tensors = [*curriculum, content["mean"], content["std"]]
-        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]
+        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]  # not the labels
         F.one_hot(curriculum.labels, CLASSES)  # raises an error if these are no labels
         if (
             [x.shape for x in tensors] != expected
@@ -832,7 +833,7 @@ def begin(config, data, folder, resume):
 
 
 def save(folder, teacher, optimizer, data, step, log):
-    """Write teacher.pt, log.jsonl and checkpoint.pt; of a curriculum drawn anew, one draw."""
+    """Write teacher.pt (with one sampled curriculum), log.jsonl and checkpoint.pt."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = teacher(data)._asdict()
     content = {
@@ -918,10 +919,10 @@ def evaluate_file(path, learners, data, device, resume):
             result["rows"] = rows
     fewer = 1 + learners // 10
     orders = sorted(ORDERS, key=lambda order: order != config.order)  # its own comes first
+    keys = "architecture", "order", "every_step", "n"
     tests = [("as trained", order, False, learners) for order in orders]
     tests += [("as trained", config.order, True, fewer)]
     tests += [(name, config.order, False, fewer) for name in [*TESTED][1:]]
-    keys = "architecture", "order", "every_step", "n"
     for test in tests:
         done = [row for row in result["rows"] if tuple(row[key] for key in keys) == test]
         if not done:
@@ -1002,8 +1003,8 @@ def make_config(name="quick", settings=()):
 
 def argument_parser(**options):
     """An ArgumentParser with --device and --data, whose errors are InputErrors."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(formatter_class=layout, **options)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=plain, **options)
 
     def fail(message):
         raise InputError(message)
@@ -1043,7 +1044,7 @@ def run(program, command, arguments):
         status = 2
         line = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("alloc|out of mem", str(error)):
             raise
         status = 2
         line = "error: out of memory: reduce batch_size, meta_batch_size, or choose flat=true"

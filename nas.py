@@ -7,16 +7,14 @@ teacher's curriculum, and measures what the ranking is worth.
     python nas.py TEACHER.pt --resume              # 64 architectures, those 16 among them
     torchrun --nproc-per-node 2 nas.py TEACHER.pt  # the same result by two processes
 
-  teacher     validation accuracy after three passes over the teacher's curriculum of T steps
-  control     the same, from the same theta_0, on 3 T real batches with tuned rates
-  parameters  of the learner; multiply_adds: of its network, for one image
-  truth       validation accuracy after full training, the mean over `--repeats` seeds
-  ceiling     one full training against another
-  corrected   what a method without noise would reach against the truth
+  teacher  validation accuracy after three passes over the teacher's curriculum of T steps
+  control  the same, from the same theta_0, on 3 T real batches with tuned rates
+  truth    validation accuracy after full training, the mean over `--repeats` seeds
 
 Test accuracy is reported, and never used for selection.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -38,14 +36,12 @@ SIZES = "parameters", "multiply_adds"
 
 
 def sizes(architecture, image_shape):
-    """Number of parameters, and of multiply-adds for one image [C, H, W]."""
+    """Numbers of parameters, and of multiply-adds for one image [C, H, W]."""
     learner = gtn.blueprint(architecture, image_shape)
-    with FlopCounterMode(display=False) as counter:  # on the meta device, which computes nothing
+    with FlopCounterMode(display=False) as counter:  # the meta device computes nothing
         learner(torch.empty(1, *image_shape, device="meta"))
-    return {
-        "parameters": sum(p.numel() for p in learner.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
-    }
+    parameters = sum(p.numel() for p in learner.parameters())
+    return dict(zip(SIZES, (parameters, counter.get_total_flops() // 2), strict=True))
 
 
 def sample_architectures(config, band, count, image_shape, *key):
@@ -66,9 +62,8 @@ def sample_architectures(config, band, count, image_shape, *key):
             if len(sampled) == count:
                 return list(sampled)
     within = f"of {low:,} to {high:,} multiply-adds, of which {len(sampled)} were found"
-    raise gtn.InputError(
-        f"--architectures {count}: more than the space of {config.name} has {within}"
-    )
+    space = f"more than the space of {config.name} has"
+    raise gtn.InputError(f"--architectures {count}: {space} {within}")
 
 
 # ---- measurements of one architecture ----
@@ -122,10 +117,8 @@ def train_fully(architecture, data, steps, seed, repeat):
         torch.nn.functional.cross_entropy(outputs, data.train.labels[index]).backward()
         optimizer.step()
         schedule.step()
-    return {
-        "validation": gtn.accuracy(theta, data.validation, architecture),
-        "test": gtn.accuracy(theta, data.test, architecture),
-    }
+    splits = {"validation": data.validation, "test": data.test}
+    return {name: gtn.accuracy(theta, split, architecture) for name, split in splits.items()}
 
 
 def control_curriculum(config, data, seed, lr, momentum):
@@ -187,8 +180,7 @@ def ranks(x):
 def spearman(x, y, given=()):
     """Spearman's rank correlation of values x and y [n]: Pearson's of their ranks.
 
-    Partial, if values are given: of what a linear regression on their ranks leaves of those of
-    x and y. nan where nothing varies.
+    Partial, if others are given: of what a linear regression on their ranks leaves; or nan.
     """
     design = np.stack([np.ones(len(x)), *map(ranks, given)], 1)
     projection = design @ np.linalg.pinv(design)
@@ -199,10 +191,8 @@ def spearman(x, y, given=()):
 
 
 def kendall(x, y):
-    """Kendall's tau-b of values x and y [n]; nan where nothing varies.
-
-    Concordant minus discordant pairs, over the geometric mean of pairs untied in x and in y.
-    """
+    """Kendall's tau-b of values x and y [n], or nan: concordant minus discordant pairs,
+    over the geometric mean of pairs untied in x and in y."""
     a = np.sign(np.subtract.outer(x, x))
     b = np.sign(np.subtract.outer(y, y))
     untied = (a * a).sum() * (b * b).sum()
@@ -227,11 +217,8 @@ def statistics(methods, repeats):
     values = {}
     for subset, index in {"all": np.arange(len(truth)), "top half": better}.items():
         given = [methods[name][index] for name in SIZES]
-        tests = {
-            "spearman": spearman,
-            "kendall": kendall,
-            "partial": lambda x, y, given=given: spearman(x, y, given),
-        }
+        tests = {"spearman": spearman, "kendall": kendall}
+        tests["partial"] = functools.partial(spearman, given=given)
         for statistic, correlation in tests.items():
             for name, x in methods.items():
                 values[name, statistic, subset] = correlation(x[index], truth[index])
@@ -289,11 +276,9 @@ def conclude(lines, settings):
     for name, values in (methods | {"truth": validation.mean(0)}).items():
         index = int(np.argmax(values))
         best[name] = {"index": index, "test": float(test[index])}
-    best["random"] = {
-        "mean": float(test.mean()),
-        "std": float(test.std(ddof=1)),
-        "best": float(test.max()),
-        "n": len(test),
+    picks = gtn.summary(test.tolist())
+    best["random"] = {key: picks[key] for key in ("mean", "std", "n")} | {
+        "best": max(test.tolist())
     }
     return settings | {
         "architectures": lines,
@@ -304,22 +289,19 @@ def conclude(lines, settings):
 
 
 def costs(lines, settings):
-    """Seconds of each method: per architecture, in all, and with its preparation shared out."""
+    """Seconds of each method for an architecture, and with its preparation shared out."""
     seconds = {}
     for name in ("teacher", "control", "truth"):
         mean = float(np.mean([x["seconds"][name] for x in lines]))
-        seconds[name] = {"mean": mean, "total": mean * len(lines)}
-    preparation = {
-        "teacher": settings["teacher_seconds"],
-        "control": settings["control"]["seconds"],
-    }
+        seconds[name] = {"mean": mean}
+    control = settings["control"]["seconds"]
+    preparation = {"teacher": settings["teacher_seconds"], "control": control}
     for name, once in preparation.items():
         if once is not None:  # an old teacher.pt does not know how long it was trained
-            mean = seconds[name]["mean"]
-            saved = seconds["truth"]["mean"] - mean
-            pays_from = math.ceil(once / saved) if saved > 0 else None
-            shared = mean + once / len(lines)
-            seconds[name] |= {"once": once, "shared": shared, "pays from": pays_from}
+            saved = seconds["truth"]["mean"] - seconds[name]["mean"]
+            seconds[name]["once"] = once
+            seconds[name]["shared"] = seconds[name]["mean"] + once / len(lines)
+            seconds[name]["pays from"] = math.ceil(once / saved) if saved > 0 else None
     return seconds
 
 
@@ -329,38 +311,47 @@ def interval(row):
     return "-" if None in numbers else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
 
 
-def report(result):
-    """Print nas.json: the best and worst by the teacher, then what each ranking is worth."""
-    lines = result["architectures"]
-    if result["space"]["normalization"] == "batch":
-        print("transductive: a prediction depends on the other images of its batch")
-    print(f"{'rank architecture':<48}parameters  multiply-adds  teacher  control    truth")
-    by_teacher = sorted(lines, key=lambda x: -x["teacher"])
-    for rank, x in enumerate(by_teacher, 1):
-        if rank <= 10 or rank > len(lines) - 5:
-            truth = np.mean([repeat["validation"] for repeat in x["truth"]])
-            name = f"{[*x['filters']]} {[*x['kernels']]} {x['pooling']}"
-            print(f"{rank:<5}{name:<43}{x['parameters']:>10,}{x['multiply_adds']:>15,}", end="")
-            print(f"{x['teacher']:>9.4f}{x['control']:>9.4f}{truth:>9.4f}")
-    print("\nSpearman's rank correlation with the truth [95 % bootstrap interval],")
-    print("seconds for an architecture, and test accuracy of the best one by this ranking")
-    layout = "{:<15}{:<21}{:<21}{:<21}{:<22}{:<9}{}"
-    header = "ranked by", "all", "better half", "given both sizes", "teacher minus it"
-    print(layout.format(*header, "seconds", "test"))
+def architecture_table(lines):
+    """Rows of text, the header first: the best architectures by the teacher."""
+    table = [["rank", "architecture", "parameters", "multiply-adds", "teacher", "control", "truth"]]
+    for line in sorted(lines, key=lambda line: -line["teacher"])[:10]:
+        truth = np.mean([repeat["validation"] for repeat in line["truth"]])
+        name = f"{[*line['filters']]} {[*line['kernels']]} {line['pooling']}"
+        numbers = [f"{line[size]:,}" for size in SIZES]
+        numbers += [f"{x:.4f}" for x in (line["teacher"], line["control"], truth)]
+        table.append([str(len(table)), name, *numbers])
+    return table
+
+
+def ranking_table(result):
+    """Rows of text, the header first: how well each method ranks, and at what cost."""
+    header = ["Spearman with the truth", "all", "better half", "given both sizes"]
+    table = [[*header, "teacher minus it", "seconds", "test accuracy of its best"]]
     for name, row in result["correlations"].items():
         method = "truth" if name == "ceiling" else name
-        difference = row["spearman"]["all"]["teacher minus this"]
-        cells = [
-            interval(row["spearman"]["all"]),
-            interval(row["spearman"]["top half"]),
-            interval(row["partial"]["all"]),
-            interval(difference) if name != "teacher" else "",
-            f"{result['seconds'][method]['mean']:.3g}" if method in result["seconds"] else "",
-            f"{result['best'][method]['test']:.4f}" if method in result["best"] else "",
-        ]
-        print(layout.format(name, *cells))
-    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} of {n}".format(**result["best"]["random"])
-    print(f"{'random pick':<109}{picks}")
+        everywhere = row["spearman"]["all"]
+        estimates = everywhere, row["spearman"]["top half"], row["partial"]["all"]
+        cost = result["seconds"].get(method)
+        best = result["best"].get(method)
+        cells = [name, *map(interval, estimates)]
+        cells.append(interval(everywhere["teacher minus this"]))
+        cells.append(f"{cost['mean']:.3g}" if cost else "-")
+        cells.append(f"{best['test']:.4f}" if best else "-")
+        table.append(cells)
+    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**result["best"]["random"])
+    return [*table, ["random pick", *"-----", picks]]
+
+
+def report(result):
+    """Print what is worth knowing of a nas.json."""
+    if result["space"]["normalization"] == "batch":
+        print("transductive: predictions depend on each other")
+    for table in (architecture_table(result["architectures"]), ranking_table(result)):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            print("  ".join(cells).rstrip())
+        print()
     teacher = result["seconds"]["teacher"]
     if "once" in teacher:
         verdict = "more expensive than full training"
@@ -383,16 +374,15 @@ def check_line(line, repeats):
     """Raises an error if a number of a line of nas.jsonl is missing or not finite."""
     numbers = [line[name] for name in ("teacher", "control", *SIZES)]
     numbers += [line["seconds"][name] for name in ("teacher", "control", "truth")]
-    numbers += [repeat[split] for repeat in line["truth"] for split in ("validation", "test")]
-    finite = np.isfinite([*numbers, *line["filters"], *line["kernels"]]).all()
-    if not finite or len(line["truth"]) != repeats:
-        raise ValueError("a number is missing, or not finite")
+    numbers += [line["truth"][i][split] for i in range(repeats) for split in ("validation", "test")]
+    if not np.isfinite([*numbers, *line["filters"], *line["kernels"]]).all():
+        raise ValueError("a number is not finite")
 
 
 def begin(folder, settings, resume, space, config, data):
     """A new search, or the one in the folder: (control, {Architecture: its line}).
 
-    Raises InputError for another search, this one without `resume`, and damaged files.
+    Raises InputError for another search, or this one without `resume`, and for damaged files.
     """
     path = folder / "search.json"
     log = folder / "nas.jsonl"
@@ -420,7 +410,7 @@ def begin(folder, settings, resume, space, config, data):
 
 
 def describe(args, content, config, space, device):
-    """What search.json says of a search: its settings, as JSON has them."""
+    """What search.json says of a search, as JSON has it."""
     fields = [*gtn.Architecture._fields, "name", "least_blocks"]
     settings = {
         "teacher": str(args.teacher),
@@ -438,15 +428,12 @@ def describe(args, content, config, space, device):
 
 
 def measure_missing(folder, architectures, done, data, sources, settings):
-    """The lines of all architectures; measures those that are missing into nas.jsonl.
-
-    The processes of torchrun share them out.
-    """
+    """The lines of all architectures; torchrun's processes measure those that are missing."""
     missing = [architecture for architecture in architectures if architecture not in done]
     share = missing[gtn.RANK :: gtn.WORLD]
     for architecture in tqdm(share, folder.name, unit="net", disable=gtn.RANK > 0):
         done[architecture] = measure(architecture, data, sources, settings)
-        with open(folder / "nas.jsonl", "ab") as file:  # one write a line: processes share the file
+        with open(folder / "nas.jsonl", "ab") as file:  # one write a line, for all processes
             file.write((json.dumps(done[architecture], allow_nan=False) + "\n").encode())
     shares = [done] * gtn.WORLD
     if gtn.WORLD > 1:
@@ -462,10 +449,8 @@ def search(args, device):
     config = teacher.config
     space = gtn.make_config(args.space) if args.space else config
     image_shape = data.train.images.shape[1:]
-    key = args.seed, gtn.ARCHITECTURES
-    architectures = sample_architectures(
-        space, args.multiply_adds, args.architectures, image_shape, *key
-    )
+    size = args.multiply_adds, args.architectures, image_shape
+    architectures = sample_architectures(space, *size, args.seed, gtn.ARCHITECTURES)
     settings = describe(args, content, config, space, device)
     folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{args.seed}")
     with gtn.locked(folder):
@@ -475,22 +460,20 @@ def search(args, device):
         if gtn.WORLD > 1:
             torch.distributed.broadcast_object_list(begun)
         settings["control"], done = begun[0]
-        lr, momentum = settings["control"]["lr"], settings["control"]["momentum"]
+        rates = [settings["control"][name] for name in ("lr", "momentum")]
 
-        def saved_curriculum(_):
-            return content["curriculum"].shuffled(config.order)
-
-        draws_anew = config.variant in ("random", "real")
+        curriculum = content["curriculum"]
+        draws = config.variant in ("random", "real")  # anew for every pass
         sources = {
-            "teacher": teacher if draws_anew else saved_curriculum,
-            "control": control_curriculum(config, data, args.seed, lr, momentum),
+            "teacher": teacher if draws else lambda _: curriculum.shuffled(config.order),
+            "control": control_curriculum(config, data, args.seed, *rates),
         }
         lines = measure_missing(folder, architectures, done, data, sources, settings)
         if gtn.RANK == 0:
             result = conclude(lines, settings)
             gtn.write(folder / "nas.json", result)
             report(result)
-            print(f"\nwritten to {folder / 'nas.json'}")
+            print(f"written to {folder / 'nas.json'}")
 
 
 def main(arguments=None):
@@ -499,14 +482,14 @@ def main(arguments=None):
     add = parser.add_argument
     add("teacher", type=Path, metavar="TEACHER.pt", help="of a run of gtn.py")
     add("--architectures", type=int, default=64, help="how many to sample (default: 64)")
-    add("--space", metavar="CONFIG", help="sample as this config does (default: the teacher's)")
+    add("--space", metavar="CONFIG", help="of this config (default: of the teacher's)")
     band = {"type": int, "nargs": 2, "default": [0, 10**12], "metavar": ("LOW", "HIGH")}
-    add("--multiply-adds", **band, help="keep architectures within this band, for one image")
+    add("--multiply-adds", **band, help="only architectures within this band")
     add("--seed", type=int, default=0, help="fixes everything on a CPU (default: 0)")
     add("--truth-steps", type=int, default=800, help="of full training (default: 800)")
     add("--repeats", type=int, default=2, help="full trainings of each (default: 2)")
-    add("--out", type=Path, help="folder of the results (default: nas-SPACE-sSEED by the teacher)")
-    add("--resume", action="store_true", help="continue the search in its folder, if there is one")
+    add("--out", type=Path, help="folder to write (default: nas-SPACE-sSEED beside the teacher)")
+    add("--resume", action="store_true", help="continue the search in its folder")
     args = parser.parse_args(arguments)
     for name, least in {"architectures": 2, "seed": 0, "truth_steps": 1, "repeats": 1}.items():
         number = getattr(args, name)
