@@ -405,9 +405,9 @@ def draw_steps(conditions, config):
         for source, marker in zip(KNOWN, "*s", strict=True):
             if accuracy := known(source, config, config.order):
                 look = {"marker": marker, "linestyle": "", "markerfacecolor": "none"}
-                look |= {"markeredgewidth": 1.6, "markersize": 12 - 2 * i}
-                colour = COLOURS[config.variant]
-                axes.plot(config.inner_steps, accuracy, color=colour, **look)
+                look["markeredgewidth"] = 1.6
+                size_and_colour = {"markersize": 12 - 2 * i, "color": COLOURS[config.variant]}
+                axes.plot(config.inner_steps, accuracy, **look, **size_and_colour)
                 axes.plot([], [], color="0.4", label=source, **look)
     axes.set(xlabel="inner steps", ylabel="test accuracy")
     caption = (
@@ -510,10 +510,10 @@ def draw_worth(axes, search):
     places = {
         "teacher": cost["teacher"],
         "control": 1.3 * cost["control"],
-        "ceiling": cost["truth"],
-        "corrected": 1.4 * cost["truth"],
         "parameters": free / 1.3,
         "multiply_adds": 1.3 * free,
+        "ceiling": cost["truth"],
+        "corrected": 1.4 * cost["truth"],
     }
     for (method, x), colour, marker in zip(places.items(), PALETTE, "osv^Dp*", strict=False):
         for shift, key, face in ((1, "spearman", colour), (1.1, "partial", "none")):
