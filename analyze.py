@@ -268,7 +268,8 @@ def new_figure(config, height, *grid, title="", **options):
     """A Figure 960 pixels wide, of that height (inches), with a title, and its axes."""
     figure = Figure(figsize=(6.4, height), layout="constrained")
     budget = f"{config.inner_steps} inner steps x {config.batch_size} images"
-    figure.suptitle(f"{config.name}: {config.dataset}, {budget}{title}", size=11)
+    remark = ", transductive" if config.normalization == "batch" else ""
+    figure.suptitle(f"{config.name}: {config.dataset}, {budget}{remark}{title}", size=11)
     return figure, figure.subplots(*grid, **options)
 
 

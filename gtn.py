@@ -74,26 +74,34 @@ class Config:
 
     name: str = setting("A", "starts the run folder's name")
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
-    order: str = setting("in order", "of the curriculum; redrawn per learner", choices=ORDERS)
+    order: str = setting("in order", "of the images, drawn anew for every learner", choices=ORDERS)
     seed: int = setting(0, "fixes everything on a CPU, bit for bit", low=0, high=2**31 - 1)
     dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
     # curriculum and teacher
     inner_steps: int = setting(20, "T, SGD steps of a learner; earlier run: 20 or 10; paper: 32")
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
-    latent_size: int = setting(64, "of one image; earlier run: 64; paper: 128")
+    latent_size: int = setting(64, "latent numbers per image; earlier run: 64; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
-    generator_filters: int = setting(64, "in its first feature maps, then half; paper: 128")
+    generator_filters: int = setting(
+        64, "in its first feature maps, then half of them; paper: 128, 64"
+    )
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
     inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, which diverges here", 1e-9)
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
     # learner
-    filters: tuple = setting((64, 128), "of every conv block; paper: 64, 128", high=65535)
-    least_blocks: int = setting(0, "0: all; else the fewest to sample", low=0)
-    kernels: tuple = setting((3,), "of a block; several: sampled", choices=(1, 3, 5, 7))
-    pooling: tuple = setting(("max",), "of a learner; several: sampled", choices=("max", "average"))
-    hidden_units: int = setting(0, "of one more layer; paper: 256", low=0)
+    filters: tuple = setting(
+        (64, 128), "of each conv block; [low, high]: sampled; paper: 64, 128", high=65535
+    )
+    least_blocks: int = setting(0, "fewest of these blocks to sample; 0: always all", low=0)
+    kernels: tuple = setting(
+        (3,), "kernel sizes; several: sampled for each block", choices=(1, 3, 5, 7)
+    )
+    pooling: tuple = setting(
+        ("max",), "several: sampled for each learner", choices=("max", "average")
+    )
+    hidden_units: int = setting(0, "of a layer before the logits, 0: none; paper: 256", low=0)
     normalization: str = setting(
-        "instance", "of the learner; paper: batch mean", choices=(*NORMALIZATIONS,)
+        "instance", "of the learner, after pooling", choices=(*NORMALIZATIONS,)
     )
     # meta-gradient and outer step
     meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128")
@@ -943,13 +951,12 @@ def evaluate_file(path, learners, data, device, resume):
 def requirement(field):
     """What a setting must be, in words."""
     about = field.metadata
-    example = f"like {json.dumps(field.default)}"
     if about["choices"]:
         number = "a list of" if type(field.default) is tuple else "one of"
-        return f"{number} {', '.join(str(x).lower() for x in about['choices'])}, {example}"
+        return f"{number} {', '.join(str(x).lower() for x in about['choices'])}"
     if type(field.default) is str:
-        return f"letters, digits, - and _, {example}"
-    return f"from {about['low']} to {about['high']:,}, {example}"
+        return "letters, digits, - and _"
+    return f"from {about['low']} to {about['high']:,}"
 
 
 def is_allowed(value, kind, about):
@@ -977,7 +984,8 @@ def checked(field, value):
     else:
         valid = is_allowed(value, kind, about)
     if not valid:
-        raise InputError(f"{field.name}={json.dumps(value)[:60]}: must be {requirement(field)}")
+        must_be = f"must be {requirement(field)}, like {json.dumps(field.default)}"
+        raise InputError(f"{field.name}={json.dumps(value)[:60]}: {must_be}")
     return float(value) if kind is float else value
 
 
@@ -1057,15 +1065,17 @@ def run(program, command, arguments):
 
 def main(arguments=None):
     """The command line of gtn.py: train a teacher and evaluate it, or evaluate one."""
-    settings = ["settings, for --set:"]
+    settings = ["settings (their defaults, meanings and bounds), for --set:"]
     for field in dataclasses.fields(Config):
-        settings.append(f"  {field.name}: {requirement(field)}\n      {field.metadata['meaning']}")
+        settings.append(f"  {field.name} = {json.dumps(field.default)}")
+        settings.append(f"      {field.metadata['meaning']} ({requirement(field)})")
     parser = argument_parser(description=__doc__.splitlines()[0], epilog="\n".join(settings))
     add = parser.add_argument
     add("--config", default="quick", help="entry of configs.json (default: quick)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see below")
     for name in ("variant", "seed", "outer_steps"):
         short = {"dest": "set", "action": "append", "type": f"{name}={{}}".format}
+        short["metavar"] = "VALUE"
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue a run, or with --evaluate an evaluation")

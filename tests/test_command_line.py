@@ -137,7 +137,7 @@ def test_help_lists_every_setting():
     result = shell("--help")
     assert result.returncode == 0
     for field in gtn.dataclasses.fields(gtn.Config):
-        pattern = rf"^  {field.name}: .*like .+\n      \w+"
+        pattern = rf"^  {field.name} = .+\n      \w+.*\(.+\)$"
         assert re.search(pattern, result.stdout, re.MULTILINE), field.name
 
 
