@@ -399,9 +399,10 @@ def to_parameters(theta, learner):
     named = dict(learner.named_parameters())
     parts = theta.split([p.numel() for p in named.values()])
     for (name, p), part in zip(named.items(), parts, strict=True):
-        if p.dim() == 4:  # a convolution is faster in this layout
-            part = part.view(p.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        named[name] = part.view(p.shape)
+        if p.dim() == 4:  # a convolution is faster in this layout, which one more view would lose
+            named[name] = part.view(p.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        else:
+            named[name] = part.view(p.shape)
     return named
 
 
@@ -489,14 +490,14 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
     """
     curriculum = Curriculum(*(x.detach() for x in curriculum))
     states = [*unroll(theta, curriculum, architecture)]
-    adjoint = [torch.zeros_like(x) for x in states[-1]]
+    adjoint = [torch.zeros_like(x) for x in states.pop()]
     gradients = [
         torch.empty_like(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)
     ]
     count = sum(real is not None for real in batches)
     meta_loss = 0
     for t in reversed(range(len(batches))):
-        state = [leaf(x) for x in states[t]]
+        state = [leaf(x) for x in states.pop()]
         images, labels, lr, momentum = (leaf(x[t]) for x in curriculum)
         outputs = inner_step(*state, images, labels, lr, momentum, architecture, create_graph=True)
         weights = adjoint
