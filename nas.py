@@ -191,8 +191,7 @@ def spearman(x, y, given=()):
 
 
 def kendall(x, y):
-    """Kendall's tau-b of values x and y [n], or nan: concordant minus discordant pairs,
-    over the geometric mean of pairs untied in x and in y."""
+    """Kendall's tau-b of values x and y [n]: pairs, concordant minus discordant; or nan."""
     a = np.sign(np.subtract.outer(x, x))
     b = np.sign(np.subtract.outer(y, y))
     untied = (a * a).sum() * (b * b).sum()
@@ -268,7 +267,7 @@ def correlations(methods, repeats, seed):
 
 
 def conclude(lines, settings):
-    """The content of nas.json: settings, all measurements and what follows from them."""
+    """The content of nas.json: settings, measurements and what follows from them."""
     validation = np.array([[repeat["validation"] for repeat in x["truth"]] for x in lines]).T
     test = np.array([[repeat["test"] for repeat in x["truth"]] for x in lines]).mean(1)
     methods = {name: [x[name] for x in lines] for name in ("teacher", "control", *SIZES)}
@@ -343,7 +342,7 @@ def ranking_table(result):
 
 
 def report(result):
-    """Print what is worth knowing of a nas.json."""
+    """Print the tables of a nas.json."""
     if result["space"]["normalization"] == "batch":
         print("transductive: predictions depend on each other")
     for table in (architecture_table(result["architectures"]), ranking_table(result)):
