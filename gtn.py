@@ -906,7 +906,7 @@ def train(config, data, folder, resume=False, stop_after=None):
             if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
                 log.append(log_line("validation", step, started, **validate(teacher, data)))
                 bar.set_postfix_str(f"validation {log[-1]['accuracy']['mean']:.3f}")
-            if RANK == 0 and (step == last or time.monotonic() - saved > config.checkpoint_every):
+            if RANK == 0 and (step == last or time.monotonic() - saved >= config.checkpoint_every):
                 save(folder, teacher, optimizer, data, step, log)
                 saved = time.monotonic()
     return step
