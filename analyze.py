@@ -105,13 +105,16 @@ def read_log(path, T):
 
 def read_evaluation(path, T):
     """The teacher's outer step, and accuracies of learners: by order [n], "every step" [n, T]."""
-    step, rows = gtn.read_evaluation(path)
-    evaluation = {"step": step}
-    for row in rows:
-        if row["architecture"] == "as trained" and row["every_step"]:
-            evaluation["every step"] = np.array(row["accuracies"], float).reshape(-1, T)
-        elif row["architecture"] == "as trained":
-            evaluation[row["order"]] = np.array(row["accuracies"], float).reshape(-1)
+    content = gtn.read(path)
+    evaluation = {"step": int(content["step"])}
+    for row in content["rows"]:
+        accuracies = np.array(row["accuracies"], float)
+        if row["architecture"] not in ("as trained", "training"):  # older files: training
+            continue
+        if row.get("every_step") or row["order"] == "every step":  # older files: an order
+            evaluation["every step"] = accuracies.reshape(-1, T)
+        else:
+            evaluation[row["order"]] = accuracies.reshape(-1)
     return evaluation
 
 
@@ -126,7 +129,7 @@ def read_run(path, damaged):
         folder,
         config,
         device=str(origin["device"]),
-        command=re.sub(r" --(resume|stop-after[ =]\S+)(?= |$)", "", str(origin["command"])),
+        command=re.sub(r" --resume(?= |$)", "", str(origin["command"])),
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
         teacher=attempt(damaged, folder / "teacher.pt", lambda path: gtn.read_teacher(path)[1]),

@@ -4,8 +4,8 @@ A teacher makes synthetic images. A freshly initialised learner trains on them f
 SGD steps (the inner loop). Its loss on real data is differentiated through the whole of
 that training, and the teacher follows this meta-gradient (the outer step).
 
-    python gtn.py           # embedded glyphs, no download: a few minutes on two CPU cores
-    python gtn.py --help    # every flag and every setting
+    python gtn.py           # embedded glyphs, no download: minutes on two CPU cores
+    python gtn.py --help    # all settings
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import math
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-CLASSES = 10  # in every data set below
+CLASSES = 10
 FORMAT = 1  # of the files that a run leaves
 RANK = int(os.environ.get("RANK", 0))  # this process, in torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -75,16 +76,14 @@ class Config:
     name: str = setting("A", "starts the run folder's name")
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
     order: str = setting("in order", "of the images, drawn anew for every learner", choices=ORDERS)
-    seed: int = setting(0, "fixes everything on a CPU, bit for bit", low=0, high=2**31 - 1)
+    seed: int = setting(0, "fixes everything on a CPU", low=0, high=2**31 - 1)
     dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
     # curriculum and teacher
     inner_steps: int = setting(20, "T, SGD steps of a learner; earlier run: 20 or 10; paper: 32")
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
-    latent_size: int = setting(64, "latent numbers per image; earlier run: 64; paper: 128")
+    latent_size: int = setting(64, "latent numbers per image; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
-    generator_filters: int = setting(
-        64, "in its first feature maps, then half of them; paper: 128, 64"
-    )
+    generator_filters: int = setting(64, "then half as many; paper: 128, 64")
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
     inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, which diverges here", 1e-9)
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
@@ -106,32 +105,28 @@ class Config:
     # meta-gradient and outer step
     meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128")
     meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next; paper: 1")
-    flat: bool = setting(
-        False, "memory that hardly grows with T, for a fifth more time", choices=(False, True)
-    )
+    flat: bool = setting(False, "memory that hardly grows with T", choices=(False, True))
     outer_steps: int = setting(
         5000, "length of the schedule; earlier run: 5000; paper: 2000", 1, 10**7
     )
-    outer_lr: float = setting(0.02, "of Adam at the start; paper: 0.02; earlier run: 0.01", low=0)
+    outer_lr: float = setting(0.02, "of Adam at the start; paper: 0.02; earlier run: 0.01", 0, 1)
     outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1", 0)
     outer_beta1: float = setting(0.5, "paper: 0.9, slower at first", 0, 0.9999)
     outer_beta2: float = setting(0.999, "PyTorch: 0.999", 0, 0.9999)
     learners_per_step: int = setting(1, "fresh learners per outer step and process")
     cuda_graph: bool = setting(
-        True, "on CUDA, if all learners are of one architecture", choices=(False, True)
+        True, "on CUDA, if learners have one architecture", choices=(False, True)
     )
     # validation, test and files
     validate_every: int = setting(100, "outer steps")
     validation_learners: int = setting(2, "fresh learners")
     validation_images: int = setting(2000, "images per validation")
     test_learners: int = setting(10, "fresh learners at the end")
-    checkpoint_every: float = setting(60.0, "seconds; 0: after every outer step", low=0)
+    checkpoint_every: float = setting(60.0, "seconds; 0: every outer step", low=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
-        if self.order != "in order" and self.variant in ("random", "real"):
-            raise InputError(f"order={self.order}: must be in order with variant={self.variant}")
 
     @property
     def condition(self):
@@ -149,9 +144,8 @@ Split = namedtuple("Split", "images labels")  # [N, C, H, W] float, normalized; 
 Data = namedtuple("Data", "train validation test mean std")  # mean and std [C] of pixels in 0..1
 
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif
-DejaVuSerif-Bold STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10""".split()
-TEST_FONTS = """DejaVuSans-BoldOblique DejaVuSerif-Italic STIXGeneralBolIta cmb10 cmss10
-cmtt10""".split()
+DejaVuSerif-Bold STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10
+DejaVuSans-BoldOblique DejaVuSerif-Italic STIXGeneralBolIta cmb10 cmss10 cmtt10""".split()
 
 
 @contextlib.contextmanager
@@ -201,7 +195,7 @@ def download(dataset, folder, training):
     except Exception as error:  # offline, damaged files, ...: the remedy is the same
         problem = f"no whole {name} in {Path(folder)}, and no download of it"
         reason = " ".join(str(error).split())[:150]
-        advice = "put its files there, or choose another --data DIR, or --config quick"
+        advice = "put its files there, or choose --data DIR or --config quick"
         raise InputError(f"{problem} ({reason}): {advice}") from None
     return images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None], labels
 
@@ -210,8 +204,8 @@ def load_data(dataset, folder, device):
     """The Data of a data set. Raises InputError if its files cannot be had."""
     if dataset == "glyphs":  # half of the test images are in fonts that are not trained on
         validation_size = 4_000
-        images, labels = draw_glyphs(20_000, FONTS, 0)
-        test = draw_glyphs(5_000, FONTS[: len(TEST_FONTS)] + TEST_FONTS, 1)
+        images, labels = draw_glyphs(20_000, FONTS[:10], 0)
+        test = draw_glyphs(5_000, FONTS[:6] + FONTS[10:], 1)
     else:
         validation_size = 10_000
         images, labels = download(dataset, folder, training=True)
@@ -233,7 +227,7 @@ def sample(split, *shape):
 
 
 def first(split, count):
-    """The first `count` images of a split and their labels."""
+    """The first `count` images and labels of a split."""
     return Split(split.images[:count], split.labels[:count])
 
 
@@ -348,7 +342,7 @@ class MaxPool(nn.Module):
 def make_learner(architecture, image_shape):
     """The learner, from images [N, C, H, W] to logits [N, 10]: change it here.
 
-    Any module without running state will do. Raises InputError for too small images.
+    Any module without running state will do.
     """
     channels, height, width = image_shape
     layers = []
@@ -361,9 +355,6 @@ def make_learner(architecture, image_shape):
         channels = filters
         height //= 2
         width //= 2
-        if height * width < (2 if architecture.normalization == "instance" else 1):
-            depth = f"{len(architecture.filters)} conv blocks are too deep"
-            raise InputError(f"{depth} for images of {image_shape[1]}x{image_shape[2]}")
     layers.append(nn.Flatten())
     features = channels * height * width
     if architecture.hidden_units:
@@ -380,11 +371,19 @@ def make_learner(architecture, image_shape):
 
 @functools.cache
 def blueprint(architecture, image_shape):
-    """A learner without memory: its code, and its parameters' names and shapes."""
-    with torch.device("meta"):
+    """A learner without memory: its code, and its parameters' names and shapes.
+
+    Raises InputError if it does not suit such images.
+    """
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         learner = make_learner(architecture, image_shape)
-    for name, _ in learner.named_buffers():
-        raise InputError(f"make_learner: learners must have no running state, such as {name}")
+        for name, _ in learner.named_buffers():
+            raise InputError(f"make_learner: learners must have no running state, such as {name}")
+        try:
+            learner(torch.empty(1, *image_shape))
+        except (ValueError, RuntimeError):
+            depth = f"{len(architecture.filters)} conv blocks are too deep"
+            raise InputError(f"{depth} for images of {image_shape[1]}x{image_shape[2]}") from None
     return learner
 
 
@@ -516,7 +515,7 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
 
 # ---- outer step ----
 
-OuterStep = namedtuple("OuterStep", "meta_loss gradient_norm phi_norm")
+OuterStep = namedtuple("OuterStep", "meta_loss gradient_norm")
 
 
 def sample_architecture(config):
@@ -532,6 +531,11 @@ def sample_architecture(config):
     kernels = tuple(choose(config.kernels) for _ in blocks)
     pooling = choose(config.pooling)
     return Architecture(filters, kernels, pooling, config.normalization, config.hidden_units)
+
+
+def check_depth(config, image_shape):
+    """Raises InputError if images are too small for all blocks."""
+    blueprint(sample_architecture(dataclasses.replace(config, least_blocks=0)), image_shape)
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
@@ -553,8 +557,7 @@ def add_meta_gradient(teacher, data, architecture, theta):
 def outer_step(teacher, optimizer, data, step, replay=None):
     """One step of Adam on phi along the mean meta-gradient of fresh learners.
 
-    step counts from 0; replay is what `capture_graph` returns. The OuterStep's phi_norm is that
-    after the step.
+    step counts from 0; replay is what `capture_graph` returns.
     """
     config = teacher.config
     learners = config.learners_per_step
@@ -576,19 +579,17 @@ def outer_step(teacher, optimizer, data, step, replay=None):
         x /= learners * WORLD
     optimizer.step()
     gradient_norm = nn.utils.get_total_norm([p.grad for p in phi])
-    # and of lr, which may overflow where its logarithm does not
-    phi_norm = nn.utils.get_total_norm([*phi, teacher.log_lr.exp()])
-    return OuterStep(*torch.stack([meta_loss, gradient_norm, phi_norm]).tolist())
+    return OuterStep(*torch.stack([meta_loss, gradient_norm]).tolist())
 
 
 def cuda_graph_possible(config):
-    """Whether all learners have one architecture, so that one CUDA graph serves them."""
-    several = config.least_blocks or len(config.kernels) > 1 or len(config.pooling) > 1
-    return not several and all(type(filters) is int for filters in config.filters)
+    """Whether all learners have one architecture, as one CUDA graph needs it."""
+    single = len(config.kernels) == len(config.pooling) == 1 and not config.least_blocks
+    return single and all(type(filters) is int for filters in config.filters)
 
 
 def capture_graph(teacher, data):
-    """`add_meta_gradient` as one CUDA graph of thousands of kernels: a function of theta_0."""
+    """`add_meta_gradient` as one CUDA graph: a function of theta_0."""
     architecture = sample_architecture(teacher.config)
     theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
     graph = torch.cuda.CUDAGraph()
@@ -633,7 +634,7 @@ def evaluate(teacher, data, split, learners, order=None, tested="as trained", ev
     """Accuracy of fresh learners, unseen in training: a row of evaluation.json.
 
     order: one of ORDERS, by default the teacher's. tested: a key of TESTED. every_step: T
-    accuracies, after each inner step. Raises InputError if the images are too small.
+    accuracies, after each inner step.
     """
     config = teacher.config
     order = order or config.order
@@ -663,10 +664,9 @@ def summary(accuracies):
 
 def in_words(row):
     """A summary as 'mean +- std (n fresh learners)'."""
-    numbers = [np.atleast_1d(row[key]) for key in ("mean", "std") if row[key] is not None]
-    text = " +- ".join(" ".join(f"{x:.3f}" for x in number) for number in numbers)
+    spread = f" +- {row['std']:.3f}" if row["n"] > 1 else ""
     remark = ", transductive" if row.get("transductive") else ""
-    return f"{text} ({row['n']} fresh learners{remark})"
+    return f"{row['mean']:.3f}{spread} ({row['n']} fresh learners{remark})"
 
 
 # ---- files ----
@@ -674,7 +674,7 @@ def in_words(row):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a missing, damaged or hostile file raises inside becomes an InputError."""
+    """What a missing, damaged or hostile file raises inside becomes an InputError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # the error says enough
             yield
@@ -727,7 +727,7 @@ def write(path, content):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Lock the folder (torchrun: by rank 0). Raises InputError if another process has it."""
+    """Lock the folder. Raises InputError if another process has it."""
     if RANK > 0:
         yield
         return
@@ -752,42 +752,28 @@ def read_teacher(path, device="cpu", data=None):
         config = Config(**content["config"])
         curriculum = Curriculum(**content["curriculum"])
         image_shape = curriculum.images.shape[2:]
-        with torch.device("meta"):  # allocates nothing: the file's own tensors come in
+        with torch.device("meta"):  # the file's own tensors come in
             teacher = Teacher(config, image_shape)
         teacher.load_state_dict(content["teacher"], assign=True)
         T, B = config.inner_steps, config.batch_size
         channels = image_shape[:1]
         expected = [(T, B, *image_shape), (T, B), (T,), (T,), channels, channels]
         tensors = [*curriculum, content["mean"], content["std"]]
-        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]  # not the labels
+        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]
         F.one_hot(curriculum.labels, CLASSES)  # raises an error if these are no labels
         if (
             [x.shape for x in tensors] != expected
             or not all(x.dtype == torch.float32 and x.isfinite().all() for x in floats)
             or content["step"] not in range(config.outer_steps + 1)
         ):
-            raise ValueError("its step or its tensors do not fit its config")
+            raise ValueError("step or tensors do not fit the config")
     if data:
-        of_data = torch.stack([data.mean, data.std]).cpu()
-        of_file = torch.stack([content["mean"], content["std"]])
-        same_shape = data.train.images.shape[1:] == image_shape
-        if not same_shape or (of_data - of_file).abs().max() > 1e-3:
+        pixels = torch.stack([content["mean"] - data.mean.cpu(), content["std"] - data.std.cpu()])
+        if data.train.images.shape[1:] != image_shape or pixels.abs().max() > 1e-3:
             images = f"other images than this {config.dataset}"
             raise InputError(f"{path} was trained on {images}: see --data")
     curriculum = Curriculum(*(x.to(device) for x in curriculum))
     return teacher.to(device), content | {"curriculum": curriculum}
-
-
-def read_evaluation(path):
-    """Outer steps and rows of an evaluation.json; older files named some rows otherwise."""
-    content = read(path)
-    with reading(path):
-        for row in content["rows"]:
-            row["architecture"] = row["architecture"].replace("training", "as trained")
-            row.setdefault("every_step", row["order"] == "every step")
-            if row["order"] == "every step":
-                row["order"] = content["config"].get("order", "in order")
-        return int(content["step"]), content["rows"]
 
 
 def environment(device):
@@ -816,8 +802,7 @@ def begin(config, data, folder, resume):
     Raises InputError if the folder holds another run, or this one and `resume` is false.
     """
     image_shape = data.train.images.shape[1:]
-    deepest = sample_architecture(dataclasses.replace(config, least_blocks=0))
-    blueprint(deepest, image_shape)  # raises an error if it is too deep
+    check_depth(config, image_shape)
     path = folder / "config.json"
     if RANK == 0 and path.exists():
         with reading(path):
@@ -860,7 +845,7 @@ def save(folder, teacher, optimizer, data, step, log):
 
 
 def validate(teacher, data):
-    """Accuracy of fresh learners and the learned rates, for the log."""
+    """Accuracy of fresh learners and learned rates, for the log."""
     config = teacher.config
     split = first(data.validation, config.validation_images)
     return {
@@ -875,26 +860,22 @@ def log_line(event, step, started, **fields):
     return {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
 
 
-def train(config, data, folder, resume=False, stop_after=None):
-    """Meta-train to the end of the schedule, or until `stop_after` outer steps in all.
-
-    Returns how many there are. Raises InputError if training diverges.
-    """
+def train(config, data, folder, resume=False):
+    """Meta-train to the end of the schedule. Raises InputError if training diverges."""
     teacher, optimizer, step, log = begin(config, data, folder, resume)
     replay = None
     if data.mean.is_cuda and config.cuda_graph and cuda_graph_possible(config):
         replay = capture_graph(teacher, data)
     origin = environment(data.mean.device)
-    last = min(config.outer_steps, stop_after or config.outer_steps)
     started = time.monotonic() - (log[-1]["seconds"] if log else 0)
     saved = time.monotonic()
-    steps = range(step + 1, last + 1)
+    steps = range(step + 1, config.outer_steps + 1)
     bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=RANK > 0)
     with bar, locked(folder):
         log.append(log_line("resume" if log else "start", step, started, environment=origin))
         if RANK == 0 and step == 0:
-            content = {"config": dataclasses.asdict(config), "environment": origin}
-            write(folder / "config.json", content)
+            about = {"config": dataclasses.asdict(config), "environment": origin}
+            write(folder / "config.json", about)
             log.append(log_line("validation", step, started, **validate(teacher, data)))
             save(folder, teacher, optimizer, data, step, log)
         for step in bar:
@@ -903,47 +884,49 @@ def train(config, data, folder, resume=False, stop_after=None):
                 advice = f"{folder}/teacher.pt is good: reduce outer_lr, inner_lr"
                 raise InputError(f"outer step {step} diverged; {advice}")
             log.append(log_line("step", step, started, **result._asdict()))
-            if RANK == 0 and (step % config.validate_every == 0 or step == config.outer_steps):
+            last = step == config.outer_steps
+            if RANK == 0 and (step % config.validate_every == 0 or last):
                 log.append(log_line("validation", step, started, **validate(teacher, data)))
                 bar.set_postfix_str(f"validation {log[-1]['accuracy']['mean']:.3f}")
-            if RANK == 0 and (step == last or time.monotonic() - saved >= config.checkpoint_every):
+            if RANK == 0 and (last or time.monotonic() - saved >= config.checkpoint_every):
                 save(folder, teacher, optimizer, data, step, log)
                 saved = time.monotonic()
-    return step
 
 
-def evaluate_file(path, learners, data, device, resume):
-    """Test fresh learners of a teacher.pt: print rows, and write them to evaluation.json.
+def evaluate_file(path, learners, data, device):
+    """Test fresh learners of a teacher's file: print rows, and write them to evaluation.json.
 
-    With `resume`, rows that are there already are only printed.
+    Rows that are there of this very file, of as many learners or more, are only printed.
     """
     teacher, content = read_teacher(path, device, data)
     config = teacher.config
     output = path.with_name("evaluation.json")
     result = {"config": dataclasses.asdict(config), "environment": environment(device)}
-    result |= {"step": content["step"], "rows": []}
-    if resume and output.exists():
-        step, rows = read_evaluation(output)
-        if step == content["step"]:
-            result["rows"] = rows
+    result["step"] = content["step"]
+    result["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    rows = {}
+    if output.exists():
+        there = read(output)
+        with reading(output):
+            if there.get("sha256") == result["sha256"]:
+                keys = "architecture", "order", "every_step"
+                rows = {tuple(row[key] for key in keys): row for row in there["rows"]}
     fewer = 1 + learners // 10
     orders = sorted(ORDERS, key=lambda order: order != config.order)  # its own comes first
-    keys = "architecture", "order", "every_step", "n"
-    tests = [("as trained", order, False, learners) for order in orders]
-    tests += [("as trained", config.order, True, fewer)]
-    tests += [(name, config.order, False, fewer) for name in [*TESTED][1:]]
-    for test in tests:
-        done = [row for row in result["rows"] if tuple(row[key] for key in keys) == test]
-        if not done:
-            name, order, every_step, n = test
-            split = first(data.test, 1000) if every_step else data.test
-            with contextlib.suppress(InputError):  # one more block may be too deep
-                done.append(evaluate(teacher, data, split, n, order, name, every_step))
-            result["rows"] += done
-            write(output, result)
-        for row in done:
-            label = "every step" if row["every_step"] else row["order"]
-            print(f"{row['architecture']:<16}{label:<16}{in_words(row)}")
+    tests = {("as trained", order, False): learners for order in orders}
+    tests["as trained", config.order, True] = fewer
+    tests |= {(tested, config.order, False): fewer for tested in [*TESTED][1:]}
+    for (tested, order, every_step), n in tests.items():
+        write(output, result | {"rows": [*rows.values()]})  # an error comes before the work
+        row = rows.get((tested, order, every_step))
+        with contextlib.suppress(InputError):  # one more block may be too deep
+            if not row or row["n"] < n:
+                split = first(data.test, 1000) if every_step else data.test
+                row = evaluate(teacher, data, split, n, order, tested, every_step)
+                rows[tested, order, every_step] = row
+            if not every_step:
+                print(f"{tested:<16}{order:<16}{in_words(row)}")
+    write(output, result | {"rows": [*rows.values()]})
 
 
 # ---- command line ----
@@ -960,34 +943,32 @@ def requirement(field):
     return f"from {about['low']} to {about['high']:,}"
 
 
-def is_allowed(value, kind, about):
-    """Whether a value has this type and is within a setting's bounds or choices."""
+def is_allowed(value, example, about):
+    """Whether a value has the example's type and is within a setting's bounds or choices."""
     if about["choices"]:
-        return type(value) is kind and value in about["choices"]
-    if kind is str:
+        return type(value) is type(example) and value in about["choices"]
+    if type(example) is str:
         return type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value)
     if type(value) is tuple:  # [low, high]
-        ordered = len(value) == 2 and all(is_allowed(x, kind, about) for x in value)
+        ordered = len(value) == 2 and all(is_allowed(x, example, about) for x in value)
         return ordered and value[0] <= value[1]
-    return type(value) in (int, kind) and about["low"] <= value <= about["high"]
+    return type(value) in (int, type(example)) and about["low"] <= value <= about["high"]
 
 
 def checked(field, value):
     """The value as Config keeps it, lists as tuples. Raises InputError if it is not allowed."""
-    about = field.metadata
-    kind = type(field.default)
+    default = field.default
     if type(value) is list:
         value = tuple(tuple(x) if type(x) is list else x for x in value)
-    if (kind is tuple) != (type(value) is tuple) or value == ():
-        valid = False
-    elif kind is tuple:
-        valid = all(is_allowed(x, type(field.default[0]), about) for x in value)
+    if type(default) is tuple:
+        valid = type(value) is tuple and value != ()
+        valid = valid and all(is_allowed(x, default[0], field.metadata) for x in value)
     else:
-        valid = is_allowed(value, kind, about)
+        valid = type(value) is not tuple and is_allowed(value, default, field.metadata)
     if not valid:
-        must_be = f"must be {requirement(field)}, like {json.dumps(field.default)}"
+        must_be = f"must be {requirement(field)}, like {json.dumps(default)}"
         raise InputError(f"{field.name}={json.dumps(value)[:60]}: {must_be}")
-    return float(value) if kind is float else value
+    return float(value) if type(default) is float else value
 
 
 def make_config(name="quick", settings=()):
@@ -1020,7 +1001,8 @@ def argument_parser(**options):
 
     parser.error = fail
     folder = os.environ.get("GTN_DATA") or "data"
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    devices = "auto", "cpu", "cuda"
+    parser.add_argument("--device", default="auto", choices=devices, help="(default: auto)")
     parser.add_argument("--data", default=folder, help="folder of data sets (default: $GTN_DATA)")
     return parser
 
@@ -1031,9 +1013,8 @@ def choose_device(name):
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
-    if name not in ("auto", "cuda") or number >= count:
-        devices = f"auto, cpu or cuda; {count} CUDA devices are here"
-        raise InputError(f"--device {name[:60]}: must be {devices}")
+    if number >= count:
+        raise InputError(f"--device {name}: process {number}, but {count} CUDA devices are here")
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions do anyway
     return torch.device("cuda", number)
@@ -1075,32 +1056,29 @@ def main(arguments=None):
     add("--config", default="quick", help="entry of configs.json (default: quick)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see below")
     for name in ("variant", "seed", "outer_steps"):
-        short = {"dest": "set", "action": "append", "type": f"{name}={{}}".format}
-        short["metavar"] = "VALUE"
+        short = {"dest": "set", "action": "append", "metavar": "VALUE"}
+        short["type"] = f"{name}={{}}".format
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
-    add("--resume", action="store_true", help="continue a run, or with --evaluate an evaluation")
-    add("--stop-after", type=int, help="stop with a checkpoint after so many outer steps in all")
+    add("--resume", action="store_true", help="continue the run in the folder, if there is one")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="evaluate it instead of training")
-    add("--learners", type=int, help="per test (default: test_learners; of --evaluate: 100)")
+    add("--learners", type=int, default=100, help="per test of --evaluate (default: 100)")
     args = parser.parse_args(arguments)
-    if any(x is not None and x < 1 for x in (args.learners, args.stop_after)):
-        parser.error("--learners, --stop-after: must be at least 1")
+    if args.learners < 1:
+        parser.error("--learners: must be at least 1")
     device = choose_device(args.device)
     if args.evaluate:
-        if args.set or args.stop_after:
+        if args.set:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
-        return evaluate_file(args.evaluate, args.learners or 100, data, device, args.resume)
+        return evaluate_file(args.evaluate, args.learners, data, device)
     config = make_config(args.config, args.set)
     folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)
-    steps = train(config, data, folder, args.resume, args.stop_after)
+    train(config, data, folder, args.resume)
     if RANK == 0:
-        print(f"{folder}: {steps} of {config.outer_steps} outer steps")
-    if RANK == 0 and steps == config.outer_steps:
-        learners = args.learners or config.test_learners
-        evaluate_file(folder / "teacher.pt", learners, data, device, resume=True)
+        print(f"{folder}: {config.outer_steps} outer steps")
+        evaluate_file(folder / "teacher.pt", config.test_learners, data, device)
 
 
 if __name__ == "__main__":

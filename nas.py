@@ -44,26 +44,23 @@ def sizes(architecture, image_shape):
     return dict(zip(SIZES, (parameters, counter.get_total_flops() // 2), strict=True))
 
 
-def sample_architectures(config, band, count, image_shape, *key):
-    """`count` distinct Architectures of a config's space, with multiply-adds within the band.
+def sample_architectures(space, count, *key):
+    """`count` distinct Architectures of the space of a Config.
 
     The key fixes them, and a longer list begins with a shorter one. Raises InputError if there
     are not so many.
     """
-    low, high = band
     sampled = {}  # a dict: distinct, in order
+    repeated = 0
     with gtn.seeded(*key):
-        for _ in range(50 * count):
-            architecture = gtn.sample_architecture(config)
-            if architecture in sampled:
-                continue
-            if low <= sizes(architecture, image_shape)["multiply_adds"] <= high:
-                sampled[architecture] = None
-            if len(sampled) == count:
-                return list(sampled)
-    within = f"of {low:,} to {high:,} multiply-adds, of which {len(sampled)} were found"
-    space = f"more than the space of {config.name} has"
-    raise gtn.InputError(f"--architectures {count}: {space} {within}")
+        while len(sampled) < count and repeated < 10_000:
+            architecture = gtn.sample_architecture(space)
+            repeated = repeated + 1 if architecture in sampled else 0
+            sampled[architecture] = None
+    if len(sampled) < count:
+        has = f"the space of {space.name} has {len(sampled)}"
+        raise gtn.InputError(f"--architectures {count}: {has}")
+    return [*sampled]
 
 
 # ---- measurements of one architecture ----
@@ -133,9 +130,8 @@ def control_curriculum(config, data, seed, lr, momentum):
 def tune_control(space, config, data, settings):
     """{"lr", "momentum", "grid", "seconds"}: the best of a grid on 4 other architectures."""
     started = time.perf_counter()
-    image_shape = data.train.images.shape[1:]
     seed = settings["seed"]
-    others = sample_architectures(space, settings["band"], 4, image_shape, seed, gtn.TUNING)
+    others = sample_architectures(space, 4, seed, gtn.TUNING)
     grid = []
     pairs = [*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))]
     for lr, momentum in tqdm(pairs, "control's grid"):
@@ -369,15 +365,6 @@ def architecture_of(line):
     return gtn.Architecture(*(tuple(x) if type(x) is list else x for x in fields))
 
 
-def check_line(line, repeats):
-    """Raises an error if a number of a line of nas.jsonl is missing or not finite."""
-    numbers = [line[name] for name in ("teacher", "control", *SIZES)]
-    numbers += [line["seconds"][name] for name in ("teacher", "control", "truth")]
-    numbers += [line["truth"][i][split] for i in range(repeats) for split in ("validation", "test")]
-    if not np.isfinite([*numbers, *line["filters"], *line["kernels"]]).all():
-        raise ValueError("a number is not finite")
-
-
 def begin(folder, settings, resume, space, config, data):
     """A new search, or the one in the folder: (control, {Architecture: its line}).
 
@@ -390,7 +377,7 @@ def begin(folder, settings, resume, space, config, data):
         gtn.write(path, settings | {"control": tune_control(space, config, data, settings)})
     there = gtn.read(path)
     with gtn.reading(path):
-        keys = "seed", "space", "band", "score", "truth", "sha256"
+        keys = "seed", "space", "score", "truth", "sha256"
         changes = [key for key in keys if there[key] != settings[key]]
         numbers = [there["control"][key] for key in ("lr", "momentum", "seconds")]
         if not np.isfinite(numbers).all():
@@ -401,9 +388,9 @@ def begin(folder, settings, resume, space, config, data):
             which = f"a search with other {', '.join(changes)}:"
         raise gtn.InputError(f"{folder} holds {which} choose another --out")
     with gtn.reading(log):
-        for line in lines:
-            check_line(line, settings["truth"]["repeats"])
         done = {architecture_of(line): line for line in lines}
+        if lines:  # raises an error if a number is missing
+            json.dumps(conclude(lines, settings | there), allow_nan=False)
     gtn.write(log, lines)  # without a last line that was never finished
     return there["control"], done
 
@@ -418,7 +405,6 @@ def describe(args, content, config, space, device):
         "config": vars(config),
         "seed": args.seed,
         "space": {name: getattr(space, name) for name in fields},
-        "band": args.multiply_adds,
         "score": {"passes": PASSES, "learners": LEARNERS, "rates": RATES},
         "truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE},
         "environment": gtn.environment(device),
@@ -447,9 +433,8 @@ def search(args, device):
     teacher, content = gtn.read_teacher(args.teacher, device, data)
     config = teacher.config
     space = gtn.make_config(args.space) if args.space else config
-    image_shape = data.train.images.shape[1:]
-    size = args.multiply_adds, args.architectures, image_shape
-    architectures = sample_architectures(space, *size, args.seed, gtn.ARCHITECTURES)
+    gtn.check_depth(space, data.train.images.shape[1:])
+    architectures = sample_architectures(space, args.architectures, args.seed, gtn.ARCHITECTURES)
     settings = describe(args, content, config, space, device)
     folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{args.seed}")
     with gtn.locked(folder):
@@ -482,8 +467,6 @@ def main(arguments=None):
     add("teacher", type=Path, metavar="TEACHER.pt", help="of a run of gtn.py")
     add("--architectures", type=int, default=64, help="how many to sample (default: 64)")
     add("--space", metavar="CONFIG", help="of this config (default: of the teacher's)")
-    band = {"type": int, "nargs": 2, "default": [0, 10**12], "metavar": ("LOW", "HIGH")}
-    add("--multiply-adds", **band, help="only architectures within this band")
     add("--seed", type=int, default=0, help="fixes everything on a CPU (default: 0)")
     add("--truth-steps", type=int, default=800, help="of full training (default: 800)")
     add("--repeats", type=int, default=2, help="full trainings of each (default: 2)")

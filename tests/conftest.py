@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -68,21 +69,31 @@ def few_glyphs(dataset="glyphs", folder="", device=None, load=gtn.load_data):
     )
 
 
+def stopping(outer_step, stop_after):
+    """gtn.outer_step, until somebody presses Ctrl-C after so many outer steps."""
+
+    def step_or_stop(teacher, optimizer, data, step, *replay):
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return outer_step(teacher, optimizer, data, step, *replay)
+
+    return step_or_stop
+
+
 @pytest.fixture
 def run_gtn(tmp_path, capsys, monkeypatch):
     """gtn's command line inside this process, tiny settings, runs under tmp_path: (exit
     status, output, error)."""
     monkeypatch.setattr(gtn, "load_data", few_glyphs)
 
-    def run(*arguments, settings=TINY):
-        where = (
-            []
-            if "--evaluate" in arguments
-            else ["--runs", str(tmp_path / "runs"), "--set", *settings]
-        )
-        capsys.readouterr()
-        status = gtn.run("gtn.py", gtn.main, [*where, "--device", "cpu", *map(str, arguments)])
-        return status, *capsys.readouterr()
+    def run(*arguments, settings=TINY, stop_after=None):
+        where = ["--runs", str(tmp_path / "runs"), "--set", *settings]
+        if "--evaluate" in arguments:
+            where = []
+        with mock.patch.object(gtn, "outer_step", stopping(gtn.outer_step, stop_after)):
+            capsys.readouterr()
+            status = gtn.run("gtn.py", gtn.main, [*where, "--device", "cpu", *map(str, arguments)])
+            return status, *capsys.readouterr()
 
     return run
 

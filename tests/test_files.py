@@ -58,13 +58,18 @@ def test_torchrun(tmp_path):
         "--standalone",
         "--nproc-per-node",
         2,
-        ROOT / "gtn.py",
     ]
-    calls = (["--stop-after", 2], [], ["--resume"])
+    stopped = tmp_path / "stopped.py"
+    lines = ["import sys", f"sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}"]
+    lines += ["import gtn, conftest", "gtn.outer_step = conftest.stopping(gtn.outer_step, 2)"]
+    lines += ["sys.exit(gtn.run('gtn.py', gtn.main, sys.argv[1:]))"]
+    stopped.write_text("\n".join(lines))
+    calls = [(stopped, []), (ROOT / "gtn.py", []), (ROOT / "gtn.py", ["--resume"])]
     results = [
-        shell(*settings, "--runs", tmp_path / "two", *more, script=torchrun) for more in calls
+        shell(*settings, "--runs", tmp_path / "two", *more, script=[*torchrun, program])
+        for program, more in calls
     ]
-    assert [result.returncode for result in results] == [0, 1, 0], results
+    assert [result.returncode for result in results] == [1, 1, 0], results
     assert (
         results[-1].stdout.count("all-shuffled  ") == 3
     )  # the architecture that it knows and two others, once each
@@ -224,7 +229,7 @@ def damages(content, tmp_path):
 
 
 def test_damaged_files_are_refused_in_one_line(run_gtn, tmp_path):
-    assert run_gtn("--outer-steps", "3", "--stop-after", "1")[0] == 0
+    assert run_gtn("--outer-steps", "3", stop_after=1)[0] == 130
     folder = tmp_path / "runs" / "quick-learned-s0"
     commands = {
         "teacher.pt": ["--evaluate", folder / "teacher.pt", "--learners", "1"],
@@ -250,7 +255,7 @@ def test_damaged_files_are_refused_in_one_line(run_gtn, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_files(run_gtn, tmp_path, monkeypatch):
-    assert run_gtn("--outer-steps", "4", "--stop-after", "1")[0] == 0
+    assert run_gtn("--outer-steps", "4", stop_after=1)[0] == 130
     folder = tmp_path / "runs" / "quick-learned-s0"
     before = contents(folder)
 

@@ -338,9 +338,6 @@ def test_learners_of_an_outer_step_are_averaged():
     assert result.gradient_norm == pytest.approx(
         torch.cat([g.flatten() for g in both]).norm().item()
     )
-    phi = [*teacher.parameters(), teacher.log_lr.exp()]
-    norm = torch.cat([p.detach().flatten() for p in phi]).norm().item()
-    assert result.phi_norm == pytest.approx(norm)
     for k in range(2):
         optimizer.zero_grad()
         with gtn.seeded(teacher.config.seed, gtn.META_TRAINING, 5, k):
@@ -484,11 +481,8 @@ def test_glyphs(monkeypatch):
         gtn, "draw_glyphs", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments)
     )
     data = gtn.load_data("glyphs", "nowhere", torch.device("cpu"))
-    assert not set(gtn.FONTS) & set(gtn.TEST_FONTS)
-    assert (drawn[0], sum(font in gtn.TEST_FONTS for font in drawn[1])) == (
-        gtn.FONTS,
-        len(drawn[1]) / 2,
-    )
+    assert len(set(gtn.FONTS)) == len(gtn.FONTS)
+    assert len(set(drawn[1]) - set(drawn[0])) == len(drawn[1]) / 2  # half of the test is unseen
     images = torch.cat([split.images for split in data[:3]]).flatten(1)
     assert images.shape == (25_000, 784)
     assert len(torch.unique(images, dim=0)) == 25_000  # disjoint
