@@ -10,6 +10,8 @@ reads in this order: reading, tables, figures, pages, command line.
 import argparse
 import base64
 import collections
+import dataclasses
+import glob
 import html
 import io
 import itertools
@@ -69,7 +71,8 @@ def known(source, config, order):
 # ---- reading ----
 
 BUDGET = "dataset", "inner_steps", "batch_size"  # the same in all runs of a name
-INCIDENTAL = "seed", "checkpoint_every", "flat", "cuda_graph"  # may differ in runs of one mean
+FREE = {field.name for field in dataclasses.fields(gtn.Config) if field.metadata["free"]}
+INCIDENTAL = {"seed", *FREE}  # may differ in runs of one mean
 
 # A run folder; log, evaluation and teacher are {} where the file is missing or damaged
 Run = collections.namedtuple("Run", "folder config device command log evaluation teacher")
@@ -118,6 +121,22 @@ def read_evaluation(path, T):
     return evaluation
 
 
+def files_below(folder, name):
+    """Paths of all files of that name, each once, also in folders that are links."""
+    paths = glob.glob(f"{glob.escape(str(folder))}/**/{name}", recursive=True)
+    each = {Path(path).resolve(): Path(path) for path in sorted(paths, reverse=True)}
+    return sorted(each.values())
+
+
+def words_of(command):
+    """The words of a command line as a run recorded it, without --resume."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an older file, whose command was not quoted for a shell
+        words = command.split()
+    return [word for word in words if word != "--resume"]
+
+
 def read_run(path, damaged):
     """The Run of a config.json."""
     content = gtn.read(path)
@@ -129,7 +148,7 @@ def read_run(path, damaged):
         folder,
         config,
         device=str(origin["device"]),
-        command=re.sub(r" --resume(?= |$)", "", str(origin["command"])),
+        command=words_of(str(origin["command"])),
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
         teacher=attempt(damaged, folder / "teacher.pt", lambda path: gtn.read_teacher(path)[1]),
@@ -168,13 +187,17 @@ def next_command(run):
     step = run.log.get("step", 0)
     if run.log and step < run.config.outer_steps:
         progress = f"{step:,} of {run.config.outer_steps:,} outer steps"
-        return f"{run.folder}: {progress}: {run.command} --resume"
+        return f"{run.folder}: {progress}: {shlex.join([*run.command, '--resume'])}"
     if run.teacher and (
         run.evaluation.get("step", -1) < step or "every step" not in run.evaluation
     ):
-        data = "".join(re.findall(r" --data[ =]\S+", run.command))
-        command = f"python gtn.py --evaluate {shlex.quote(str(run.folder / 'teacher.pt'))}{data}"
-        return f"{run.folder}: no whole evaluation.json: {command}"
+        command = ["python", "gtn.py", "--evaluate", str(run.folder / "teacher.pt")]
+        for word, following in zip(run.command, [*run.command[1:], ""], strict=True):
+            if word.startswith("--data="):
+                command.append(word)
+            elif word == "--data":
+                command += [word, following]
+        return f"{run.folder}: no whole evaluation.json: {shlex.join(command)}"
     return None
 
 
@@ -207,7 +230,8 @@ def result_table(groups):
         minutes = [run.log["minutes"] for run in runs if run.log]
         transductive = ", transductive" if config.normalization == "batch" else ""
         row = [config.name, config.condition, order + transductive]
-        row += [f"{number(pooled['mean'])} +- {number(pooled['std'])}", str(pooled["n"])]
+        spread = f" +- {number(pooled['std'])}" if pooled["n"] > 1 else ""
+        row += [number(pooled["mean"]) + spread, str(pooled["n"])]
         row += [str(means["n"]), number(means["std"])]
         row += [number(known(source, config, order)) for source in KNOWN]
         row.append(", ".join(sorted({f"{x.evaluation['step']:,}" for x in runs if x.evaluation})))
@@ -414,6 +438,7 @@ def draw_steps(conditions, config):
                 axes.plot(config.inner_steps, accuracy, **look, **size_and_colour)
                 axes.plot([], [], color="0.4", label=source, **look)
     axes.set(xlabel="inner steps", ylabel="test accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     caption = (
         "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one "
         "standard deviation. Marks, in the colours of the variants: what others report after the "
@@ -438,6 +463,7 @@ def draw_rates(conditions, config):
                 draw_mean(bottom, over_inner, **look)
         top.set(xlabel="outer steps", ylabel=name)
         bottom.set(xlabel="inner step", ylabel=name)
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             logarithmic(top, top.yaxis)
             logarithmic(bottom, bottom.yaxis)
@@ -449,14 +475,15 @@ def draw_rates(conditions, config):
 
 
 def draw_images(run):
-    """The first 20 images of each batch of a teacher.pt, sorted by label.
+    """The first 20 images of the batches of a teacher.pt, of 20 at most, sorted by label.
 
     Grey ones are shown in a colour map that is white at 0.
     """
     curriculum = run.teacher["curriculum"]
     config = run.config
-    labels, index = curriculum.labels[:, :20].sort(dim=1, stable=True)
-    images = curriculum.images[torch.arange(len(index))[:, None], index]
+    steps = np.linspace(0, config.inner_steps - 1, min(config.inner_steps, 20)).round().astype(int)
+    labels, index = curriculum.labels[steps, :20].sort(dim=1, stable=True)
+    images = curriculum.images[torch.from_numpy(steps)[:, None], index]
     T, N = index.shape
     framed = F.pad(images, (1, 0, 1, 0), value=torch.nan)
     sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
@@ -464,20 +491,21 @@ def draw_images(run):
     title = f"\n{config.condition}, seed {config.seed}"
     figure, axes = new_figure(config, 5 * height / width + 0.9, title=title)
     figure.set_layout_engine("compressed")  # for axes of a fixed shape
+    sharp = {"interpolation": "nearest"}  # pixels as they are
     if channels == 1:
         limit = images.abs().max()
-        shown = axes.imshow(sheet[..., 0].numpy(), "RdBu_r", vmin=-limit, vmax=limit)
+        shown = axes.imshow(sheet[..., 0].numpy(), "RdBu_r", vmin=-limit, vmax=limit, **sharp)
         figure.colorbar(shown, ax=axes, label="pixel value", fraction=0.03)
     else:
         pixels = sheet * run.teacher["std"] + run.teacher["mean"]
-        axes.imshow(pixels.clamp(0, 1).nan_to_num(1).numpy())
+        axes.imshow(pixels.clamp(0, 1).nan_to_num(1).numpy(), **sharp)
     same = (labels == labels[0]).all()  # real images have other labels in every batch
     axes.set_xticks((np.arange(N) + 0.5) * width / N, labels[0].tolist() if same else [""] * N)
-    axes.set_yticks((np.arange(T) + 0.5) * height / T, range(1, T + 1))
+    axes.set_yticks((np.arange(T) + 0.5) * height / T, steps + 1)
     axes.set(xlabel="label" if same else "sorted by label", ylabel="inner step")
     axes.grid(visible=False)
     columns = f"{N} of the {config.batch_size} images of the batch"
-    return figure, f"Rows: all {T} inner steps; columns: {columns}."
+    return figure, f"Rows: {T} of {config.inner_steps} inner steps; columns: {columns}."
 
 
 def draw_search(search):
@@ -522,9 +550,10 @@ def draw_worth(axes, search):
     for (method, x), colour, marker in zip(places.items(), PALETTE, "osv^Dp*", strict=False):
         for shift, key, face in ((1, "spearman", colour), (1.1, "partial", "none")):
             row = search["correlations"][method][key]["all"]
-            if None in (row["value"], row["low"], row["high"]):
+            if row["value"] is None:
                 continue
-            bar = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            low, high = (row["value"] if row[x] is None else row[x] for x in ("low", "high"))
+            bar = [[row["value"] - low], [high - row["value"]]]
             look = {"capsize": 3, "linestyle": "", "markerfacecolor": face}
             label = METHODS[method] if key == "spearman" else None
             look |= {"color": colour, "marker": marker, "label": label}
@@ -538,6 +567,8 @@ def draw_worth(axes, search):
 
 
 # ---- pages ----
+
+MADE = "mean +- standard deviation of n learners"  # in every page that was made here
 
 HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Figures</title><style>
@@ -566,8 +597,11 @@ def write_pages(out, blocks):
     """Pictures, README.md and report.html, from blocks.
 
     ("h2" or "p", text), ("table", rows) or ("img", caption, name, bytes). `Code` in a text is shown
-    as code, and nothing else in it as markup.
+    as code, and nothing else in it as markup. Raises ValueError if two pictures have one name.
     """
+    names = [block[2] for block in blocks if block[0] == "img"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two pictures have one name: {sorted(names)}")
 
     def rich(text):
         return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
@@ -602,8 +636,9 @@ def run_blocks(name, conditions):
     runs = [run for same in conditions.values() for run in same]
     commands = {}  # a dict: distinct, in order
     for run in runs:
+        command = shlex.join(run.command)
         flag = r" --(variant|seed)[ =]\S+"
-        command = re.sub(flag, lambda match: f" --{match[1]} {match[1].upper()}", run.command)
+        command = re.sub(flag, lambda match: f" --{match[1]} {match[1].upper()}", command)
         commands[f"`{command}`"] = None
     blocks = [("h2", name), ("p", "; ".join(commands))]
     for draw in (draw_training, draw_orders, draw_steps, draw_rates):
@@ -617,10 +652,10 @@ def run_blocks(name, conditions):
     return blocks
 
 
-def search_blocks(path):
-    """All that is drawn of a nas.json."""
+def search_blocks(path, folder):
+    """All that is drawn of a nas.json, named after its place below the folder of the runs."""
     search = gtn.read(path)
-    name = path.parent.resolve().name
+    name = "-".join(path.parent.relative_to(folder).parts) or folder.resolve().name
     figure = image_block(f"{name}-ranking", *draw_search(search))
     table = [[METHODS.get(row[0], row[0]), *row[1:]] for row in nas.ranking_table(search)]
     return [("h2", name), ("table", table), figure]
@@ -639,11 +674,14 @@ def main(arguments):
     folder = Path(args.runs or "runs")
     out = args.out or folder / "figures"
     damaged = []
-    paths = sorted(folder.rglob("config.json"))
+    for path in (out / "README.md", out / "report.html"):
+        if path.exists() and MADE not in path.read_text("utf-8", errors="replace"):
+            raise gtn.InputError(f"{path} was not made by analyze.py: choose another --out")
+    paths = files_below(folder, "config.json")
     runs = [run for path in paths if (run := attempt(damaged, path, read_run, damaged))]
     groups, remarks = group_runs(runs)
     command = shlex.join(["python", "analyze.py", *arguments])
-    made = f"Made by `{command}`; mean +- standard deviation of n learners."
+    made = f"Made by `{command}`; {MADE}."
     blocks = [("h2", "Results"), ("p", made)]
     for table in (result_table(groups), order_table(groups)):
         if len(table) > 1:
@@ -651,8 +689,8 @@ def main(arguments):
     matplotlib.rcParams.update(STYLE)
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
-    for path in sorted(folder.rglob("nas.json")):
-        blocks += attempt(damaged, path, search_blocks)
+    for path in files_below(folder, "nas.json"):
+        blocks += attempt(damaged, path, search_blocks, folder)
     pictures = sum(kind == "img" for kind, *_ in blocks)
     if pictures == 0:
         advice = "make a run with python gtn.py, or name another --runs"

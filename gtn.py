@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -37,8 +38,9 @@ from tqdm import tqdm
 
 CLASSES = 10
 FORMAT = 1  # of the files that a run leaves
-RANK = int(os.environ.get("RANK", 0))  # this process, in torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+TORCHRUN = distributed.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # how many there are
 
 
 class InputError(Exception):
@@ -63,9 +65,9 @@ NORMALIZATIONS = {  # of the learner
 }
 
 
-def setting(default, meaning, low=1, high=10**5, choices=None):
-    """A field of Config, with all that --help and `checked` need."""
-    about = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+def setting(default, meaning, low=1, high=10**5, choices=None, free=False):
+    """A field of Config, with all that --help and `checked` need; free: --resume may change it."""
+    about = {"meaning": meaning, "low": low, "high": high, "choices": choices, "free": free}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -105,7 +107,7 @@ class Config:
     # meta-gradient and outer step
     meta_batch_size: int = setting(256, "real images per meta-loss; earlier run: 1024; paper: 128")
     meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next; paper: 1")
-    flat: bool = setting(False, "memory that hardly grows with T", choices=(False, True))
+    flat: bool = setting(False, "memory that hardly grows with T", choices=(False, True), free=True)
     outer_steps: int = setting(
         5000, "length of the schedule; earlier run: 5000; paper: 2000", 1, 10**7
     )
@@ -115,14 +117,14 @@ class Config:
     outer_beta2: float = setting(0.999, "PyTorch: 0.999", 0, 0.9999)
     learners_per_step: int = setting(1, "fresh learners per outer step and process")
     cuda_graph: bool = setting(
-        True, "on CUDA, if learners have one architecture", choices=(False, True)
+        True, "on CUDA, if learners have one architecture", choices=(False, True), free=True
     )
     # validation, test and files
-    validate_every: int = setting(100, "outer steps")
-    validation_learners: int = setting(2, "fresh learners")
-    validation_images: int = setting(2000, "images per validation")
-    test_learners: int = setting(10, "fresh learners at the end")
-    checkpoint_every: float = setting(60.0, "seconds; 0: every outer step", low=0)
+    validate_every: int = setting(100, "outer steps", free=True)
+    validation_learners: int = setting(2, "fresh learners", free=True)
+    validation_images: int = setting(2000, "images per validation", free=True)
+    test_learners: int = setting(10, "fresh learners at the end", free=True)
+    checkpoint_every: float = setting(60.0, "seconds; 0: every outer step", low=0, free=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -185,6 +187,7 @@ def draw_glyphs(count, fonts, seed):
 def download(dataset, folder, training):
     """Images [N, C, H, W] in 0..1 and labels [N] of a data set of torchvision."""
     name = DATASETS[dataset]
+    place = Path(folder, "cifar-10-batches-py" if dataset == "cifar10" else f"{name}/raw")
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             part = getattr(datasets, name)(folder, train=training, download=True)
@@ -193,7 +196,12 @@ def download(dataset, folder, training):
         if len(images) != len(labels) or labels.amin() < 0 or labels.amax() >= CLASSES:
             raise ValueError(f"labels must be {len(images):,} from 0 to {CLASSES - 1}")
     except Exception as error:  # offline, damaged files, ...: the remedy is the same
-        problem = f"no whole {name} in {Path(folder)}, and no download of it"
+        if out_of_memory(error):
+            raise
+        for empty in (place, place.parent, Path(folder)):  # made for the download
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+        problem = f"no whole {name} in {place}, and no download of it"
         reason = " ".join(str(error).split())[:150]
         advice = "put its files there, or choose --data DIR or --config quick"
         raise InputError(f"{problem} ({reason}): {advice}") from None
@@ -309,7 +317,9 @@ class Teacher(nn.Module):
         momentum = self.logit_momentum.sigmoid()
         if config.variant == "real":
             return Curriculum(*sample(data.train, T, B), lr, momentum)
-        labels = (torch.arange(B, device=lr.device) % CLASSES).repeat(T, 1)
+        # a batch too small for every class begins where the one before it ended
+        starts = torch.arange(T, device=lr.device)[:, None] * (B if B < CLASSES else 0)
+        labels = (starts + torch.arange(B, device=lr.device)) % CLASSES
         if config.variant == "pixels":
             return Curriculum(self.images, labels, lr, momentum)
         if config.variant == "random":
@@ -533,9 +543,10 @@ def sample_architecture(config):
     return Architecture(filters, kernels, pooling, config.normalization, config.hidden_units)
 
 
-def check_depth(config, image_shape):
+def check_depth(config, image_shape, tested="as trained"):
     """Raises InputError if images are too small for all blocks."""
-    blueprint(sample_architecture(dataclasses.replace(config, least_blocks=0)), image_shape)
+    deepest = sample_architecture(dataclasses.replace(config, least_blocks=0))
+    blueprint(TESTED[tested](deepest), image_shape)
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
@@ -638,20 +649,31 @@ def evaluate(teacher, data, split, learners, order=None, tested="as trained", ev
     """
     config = teacher.config
     order = order or config.order
-    accuracies = []
-    for k in tqdm(range(learners), f"{tested}, {order}", leave=False, delay=10):
+    check_depth(config, split.images.shape[1:], tested)
+    accuracies = {}
+    share = range(RANK, learners, WORLD)
+    for k in tqdm(share, f"{tested}, {order}", leave=False, delay=10, disable=None):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
             architecture = TESTED[tested](sample_architecture(config))
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
             curriculum = teacher(data).shuffled(order)
         _, *states = unroll(theta, curriculum, architecture)
         if every_step:
-            accuracies.append([accuracy(theta, split, architecture) for theta, _ in states])
+            accuracies[k] = [accuracy(theta, split, architecture) for theta, _ in states]
         else:
-            accuracies.append(accuracy(states[-1][0], split, architecture))
+            accuracies[k] = accuracy(states[-1][0], split, architecture)
+    accuracies = gathered(accuracies)
     row = {"architecture": tested, "order": order, "every_step": every_step}
     row["transductive"] = config.normalization == "batch"  # predictions depend on each other
-    return row | summary(accuracies)
+    return row | summary([accuracies[k] for k in range(learners)])
+
+
+def gathered(results):
+    """The dicts of all processes in one."""
+    shares = [results] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(shares, results)
+    return {key: x for share in shares for key, x in share.items()}
 
 
 def summary(accuracies):
@@ -700,7 +722,12 @@ def read(path):
 
 
 def write(path, content):
-    """Write bytes, or what `read` reads; a kill or a full disk leaves the old file or the new."""
+    """Write bytes, or what `read` reads; a kill or a full disk leaves the old file or the new.
+
+    Only rank 0 writes.
+    """
+    if RANK > 0:
+        return
     if path.suffix == ".pt":
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **content}, buffer)
@@ -788,7 +815,7 @@ def environment(device):
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "command": subprocess.list2cmdline(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": answer.stdout.strip() or None,
     }
 
@@ -796,29 +823,31 @@ def environment(device):
 # ---- training and testing ----
 
 
-def begin(config, data, folder, resume):
+def begin(config, data, folder, resume, init=None):
     """A new run, or the one in the folder: (teacher, optimizer, outer steps done, log).
 
-    Raises InputError if the folder holds another run, or this one and `resume` is false.
+    A new run starts from the phi of the teacher in the file `init`, if there is one.
     """
     image_shape = data.train.images.shape[1:]
     check_depth(config, image_shape)
-    path = folder / "config.json"
-    if RANK == 0 and path.exists():
-        with reading(path):
-            there = vars(Config(**read(path)["config"]))
-        changes = [f"{k}={there[k]!r}, now {v!r}" for k, v in vars(config).items() if v != there[k]]
-        if changes or not resume:
-            other = f"a run with {'; '.join(changes)}:"
-            which = other if changes else "this run: continue it with --resume, or"
-            raise InputError(f"{folder} holds {which} choose another --runs, or --set name=NAME")
+    if RANK == 0:
+        refuse_other_run(config, folder, resume)
+    content = {"step": 0, "log": []}
     path = folder / "checkpoint.pt"
     if path.exists():
         teacher, content = read_teacher(path, data.mean.device, data)
+        teacher.config = config
     else:
         with seeded(config.seed, TEACHER):
             teacher = Teacher(config, image_shape).to(data.mean.device)
-        content = {"step": 0, "log": []}
+        if init:
+            phi = read_teacher(init)[0].state_dict()
+            try:
+                teacher.load_state_dict(phi)
+            except RuntimeError:
+                raise InputError(
+                    f"--init {init}: must be of this variant and these sizes"
+                ) from None
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
@@ -826,8 +855,33 @@ def begin(config, data, folder, resume):
         return teacher, optimizer, int(content["step"]), list(content["log"])
 
 
+def refuse_other_run(config, folder, resume):
+    """Raises InputError if the folder holds files that this run must not touch."""
+    elsewhere = "choose another --runs, or --set name=NAME"
+    names = "config.json", "checkpoint.pt", "teacher.pt", "log.jsonl", "evaluation.json"
+    present = [name for name in names if (folder / name).exists()]
+    if present in ([], ["config.json"]):  # nothing was trained
+        return
+    for name in names[:2]:
+        if name not in present:
+            holds = f"holds {', '.join(present)}, but no {name} to resume from"
+            raise InputError(f"{folder} {holds}: {elsewhere}")
+    path = folder / "config.json"
+    with reading(path):
+        there = vars(Config(**read(path)["config"]))
+    changes = []
+    for field in dataclasses.fields(config):
+        now = getattr(config, field.name)
+        if now != there[field.name] and not (resume and field.metadata["free"]):
+            changes.append(f"{field.name}={there[field.name]!r}, now {now!r}")
+    if changes:
+        raise InputError(f"{folder} holds a run with {'; '.join(changes)}: {elsewhere}")
+    if not resume:
+        raise InputError(f"{folder} holds this run: continue it with --resume, or {elsewhere}")
+
+
 def save(folder, teacher, optimizer, data, step, log):
-    """Write teacher.pt (with one sampled curriculum), log.jsonl and checkpoint.pt."""
+    """Write checkpoint.pt, teacher.pt (with one sampled curriculum) and log.jsonl."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = teacher(data)._asdict()
     content = {
@@ -839,9 +893,9 @@ def save(folder, teacher, optimizer, data, step, log):
         "mean": data.mean.cpu(),
         "std": data.std.cpu(),
     }
+    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
     write(folder / "teacher.pt", content)
     write(folder / "log.jsonl", log)
-    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
 
 
 def validate(teacher, data):
@@ -860,35 +914,42 @@ def log_line(event, step, started, **fields):
     return {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
 
 
-def train(config, data, folder, resume=False):
+def train(config, data, folder, resume=False, init=None):
     """Meta-train to the end of the schedule. Raises InputError if training diverges."""
-    teacher, optimizer, step, log = begin(config, data, folder, resume)
+    teacher, optimizer, step, log = begin(config, data, folder, resume, init)
     replay = None
     if data.mean.is_cuda and config.cuda_graph and cuda_graph_possible(config):
         replay = capture_graph(teacher, data)
     origin = environment(data.mean.device)
     started = time.monotonic() - (log[-1]["seconds"] if log else 0)
-    saved = time.monotonic()
     steps = range(step + 1, config.outer_steps + 1)
-    bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=RANK > 0)
+    no_bar = True if RANK > 0 else None  # None: where standard error is no terminal
+    bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=no_bar)
     with bar, locked(folder):
         log.append(log_line("resume" if log else "start", step, started, environment=origin))
-        if RANK == 0 and step == 0:
+        if len(log) == 1:
             about = {"config": dataclasses.asdict(config), "environment": origin}
             write(folder / "config.json", about)
             log.append(log_line("validation", step, started, **validate(teacher, data)))
-            save(folder, teacher, optimizer, data, step, log)
+        save(folder, teacher, optimizer, data, step, log)  # all files of the same step
+        saved = time.monotonic()
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
             if not math.isfinite(sum(result)):
-                advice = f"{folder}/teacher.pt is good: reduce outer_lr, inner_lr"
-                raise InputError(f"outer step {step} diverged; {advice}")
+                advice = "begin again with --set name=NAME and a smaller inner_lr, then outer_lr"
+                if step > 1:
+                    advice += f"; --init {folder}/teacher.pt goes on from the last good teacher"
+                raise InputError(f"outer step {step} diverged: {advice}")
             log.append(log_line("step", step, started, **result._asdict()))
             last = step == config.outer_steps
-            if RANK == 0 and (step % config.validate_every == 0 or last):
+            if step % config.validate_every == 0 or last:
                 log.append(log_line("validation", step, started, **validate(teacher, data)))
-                bar.set_postfix_str(f"validation {log[-1]['accuracy']['mean']:.3f}")
-            if RANK == 0 and (last or time.monotonic() - saved >= config.checkpoint_every):
+                if RANK == 0:
+                    mean = log[-1]["accuracy"]["mean"]
+                    bar.write(
+                        f"{folder.name}: outer step {step}, validation {mean:.3f}", sys.stderr
+                    )
+            if last or time.monotonic() - saved >= config.checkpoint_every:
                 save(folder, teacher, optimizer, data, step, log)
                 saved = time.monotonic()
 
@@ -900,7 +961,8 @@ def evaluate_file(path, learners, data, device):
     """
     teacher, content = read_teacher(path, device, data)
     config = teacher.config
-    output = path.with_name("evaluation.json")
+    name = "evaluation.json" if path.name == "teacher.pt" else f"{path.stem}-evaluation.json"
+    output = path.with_name(name)
     result = {"config": dataclasses.asdict(config), "environment": environment(device)}
     result["step"] = content["step"]
     result["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -924,7 +986,7 @@ def evaluate_file(path, learners, data, device):
                 split = first(data.test, 1000) if every_step else data.test
                 row = evaluate(teacher, data, split, n, order, tested, every_step)
                 rows[tested, order, every_step] = row
-            if not every_step:
+            if RANK == 0 and not every_step:
                 print(f"{tested:<16}{order:<16}{in_words(row)}")
     write(output, result | {"rows": [*rows.values()]})
 
@@ -1012,7 +1074,7 @@ def choose_device(name):
     count = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
+    number = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
     if number >= count:
         raise InputError(f"--device {name}: process {number}, but {count} CUDA devices are here")
     torch.cuda.set_device(number)
@@ -1020,9 +1082,16 @@ def choose_device(name):
     return torch.device("cuda", number)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory could not be allocated."""
+    return isinstance(error, MemoryError) or re.search("alloc|out of mem", str(error))
+
+
 def run(program, command, arguments):
     """Exit status of command(arguments); an error that the user can fix is one line, and 2."""
     try:
+        if not TORCHRUN and {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys():
+            raise InputError("RANK, LOCAL_RANK, WORLD_SIZE: unset them, or start with torchrun")
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend)
@@ -1034,7 +1103,7 @@ def run(program, command, arguments):
         status = 2
         line = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("alloc|out of mem", str(error)):
+        if not out_of_memory(error):
             raise
         status = 2
         line = "error: out of memory: reduce batch_size, meta_batch_size, or choose flat=true"
@@ -1053,7 +1122,7 @@ def main(arguments=None):
         settings.append(f"      {field.metadata['meaning']} ({requirement(field)})")
     parser = argument_parser(description=__doc__.splitlines()[0], epilog="\n".join(settings))
     add = parser.add_argument
-    add("--config", default="quick", help="entry of configs.json (default: quick)")
+    add("--config", help="entry of configs.json (default: quick)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see below")
     for name in ("variant", "seed", "outer_steps"):
         short = {"dest": "set", "action": "append", "metavar": "VALUE"}
@@ -1061,6 +1130,7 @@ def main(arguments=None):
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
+    add("--init", type=Path, metavar="TEACHER.pt", help="start a new run from its phi")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="evaluate it instead of training")
     add("--learners", type=int, default=100, help="per test of --evaluate (default: 100)")
     args = parser.parse_args(arguments)
@@ -1068,17 +1138,17 @@ def main(arguments=None):
         parser.error("--learners: must be at least 1")
     device = choose_device(args.device)
     if args.evaluate:
-        if args.set:
+        if args.set or args.config or args.runs or args.init:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
         return evaluate_file(args.evaluate, args.learners, data, device)
-    config = make_config(args.config, args.set)
+    config = make_config(args.config or "quick", args.set)
     folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)
-    train(config, data, folder, args.resume)
+    train(config, data, folder, args.resume, args.init)
     if RANK == 0:
         print(f"{folder}: {config.outer_steps} outer steps")
-        evaluate_file(folder / "teacher.pt", config.test_learners, data, device)
+    evaluate_file(folder / "teacher.pt", config.test_learners, data, device)
 
 
 if __name__ == "__main__":

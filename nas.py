@@ -134,7 +134,7 @@ def tune_control(space, config, data, settings):
     others = sample_architectures(space, 4, seed, gtn.TUNING)
     grid = []
     pairs = [*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))]
-    for lr, momentum in tqdm(pairs, "control's grid"):
+    for lr, momentum in tqdm(pairs, "control's grid", disable=None):
         control = control_curriculum(config, data, seed, lr, momentum)
         accuracies = [train_briefly(control, other, data, settings) for other in others]
         grid.append({"lr": lr, "momentum": momentum, "validation": float(np.mean(accuracies))})
@@ -163,6 +163,7 @@ def measure(architecture, data, sources, settings):
 # ---- statistics of ranks ----
 
 RESAMPLES = 1000  # of the bootstrap
+ENOUGH = 8  # architectures for an interval
 
 
 def ranks(x):
@@ -244,7 +245,7 @@ def correlations(methods, repeats, seed):
     repeats = np.array(repeats)
     n = repeats.shape[1]
     generator = np.random.default_rng([seed, gtn.BOOTSTRAP])
-    counts = generator.multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    counts = generator.multinomial(n, np.full(n, 1 / n), RESAMPLES if n >= ENOUGH else 0)
     samples = []
     for count in [np.ones(n, int), *counts]:  # the first is the sample itself
         index = np.arange(n).repeat(count)
@@ -301,9 +302,11 @@ def costs(lines, settings):
 
 
 def interval(row):
-    """An estimate in words: '0.69 [0.48, 0.84]', or '-' where it is undefined."""
-    numbers = [row[key] for key in ("value", "low", "high")]
-    return "-" if None in numbers else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
+    """An estimate in words: '0.69 [0.48, 0.84]'; '-' for what is undefined."""
+    if row["value"] is None:
+        return "-"
+    bounds = "-" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.2f} {bounds}"
 
 
 def architecture_table(lines):
@@ -347,6 +350,8 @@ def report(result):
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
             print("  ".join(cells).rstrip())
         print()
+    if len(result["architectures"]) < ENOUGH:
+        print(f"no intervals: they need {ENOUGH} architectures\n")
     teacher = result["seconds"]["teacher"]
     if "once" in teacher:
         verdict = "more expensive than full training"
@@ -416,15 +421,13 @@ def measure_missing(folder, architectures, done, data, sources, settings):
     """The lines of all architectures; torchrun's processes measure those that are missing."""
     missing = [architecture for architecture in architectures if architecture not in done]
     share = missing[gtn.RANK :: gtn.WORLD]
-    for architecture in tqdm(share, folder.name, unit="net", disable=gtn.RANK > 0):
+    no_bar = True if gtn.RANK > 0 else None  # None: where standard error is no terminal
+    for architecture in tqdm(share, folder.name, unit="net", disable=no_bar):
         done[architecture] = measure(architecture, data, sources, settings)
         with open(folder / "nas.jsonl", "ab") as file:  # one write a line, for all processes
             file.write((json.dumps(done[architecture], allow_nan=False) + "\n").encode())
-    shares = [done] * gtn.WORLD
-    if gtn.WORLD > 1:
-        torch.distributed.all_gather_object(shares, done)
-    lines = {architecture: line for part in shares for architecture, line in part.items()}
-    return [lines[architecture] for architecture in architectures]
+    done = gtn.gathered(done)
+    return [done[architecture] for architecture in architectures]
 
 
 def search(args, device):

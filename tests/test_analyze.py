@@ -3,6 +3,7 @@ is known."""
 
 import dataclasses
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -222,6 +223,70 @@ def test_images_figure(tmp_path, variant):
             np.testing.assert_array_equal(tile, curriculum.images[t, i, 0])
     ticks = "".join(tick.get_text() for tick in axes.get_xticklabels())
     assert ticks == ("001123456789" if variant == "learned" else "")
+
+
+def test_the_images_of_a_long_curriculum_fit_on_a_page(tmp_path):
+    folder = make_run(tmp_path, teacher=True, steps=0, inner_steps=58)
+    figure, caption = analyze.draw_images(analyze.read_run(folder / "config.json", []))
+    axes = figure.axes[0]
+    rows = [int(tick.get_text()) for tick in axes.get_yticklabels()]
+    assert rows == list(range(1, 59, 3))
+    assert axes.images[0].get_array().shape[0] == 20 * 9
+    assert axes.images[0].get_interpolation() == "nearest"
+    assert "20 of 58 inner steps" in caption
+
+
+def test_an_older_evaluation_is_read(tmp_path):
+    old = {"training": "in order", "double width": "in order"}
+    rows = [{"architecture": name, "order": x, "accuracies": [0.5]} for name, x in old.items()]
+    rows.append({"architecture": "training", "order": "every step", "accuracies": [[0.1, 0.2]]})
+    gtn.write(tmp_path / "evaluation.json", {"step": 3, "rows": rows})
+    evaluation = analyze.read_evaluation(tmp_path / "evaluation.json", 2)
+    assert {key: np.array(x).tolist() for key, x in evaluation.items()} == {
+        "step": 3,
+        "in order": [0.5],
+        "every step": [[0.1, 0.2]],
+    }
+
+
+def test_commands_are_quoted_for_a_shell(tmp_path):
+    folder = make_run(tmp_path, steps=2, teacher=True)
+    content = gtn.read(folder / "config.json")
+    command = ["python", "gtn.py", "--data", "my data", "--runs", "q;dir", "--set", "filters=[2,3]"]
+    content["environment"]["command"] = shlex.join([*command, "--resume"])
+    gtn.write(folder / "config.json", content)
+    run_of = analyze.read_run(folder / "config.json", [])
+    assert analyze.next_command(run_of).endswith(": " + shlex.join([*command, "--resume"]))
+    finished = run_of._replace(log={"step": 4}, evaluation={})
+    evaluate = ["python", "gtn.py", "--evaluate", str(folder / "teacher.pt"), "--data", "my data"]
+    assert analyze.next_command(finished).endswith(": " + shlex.join(evaluate))
+
+
+def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "nas").mkdir(parents=True)
+        source = ROOT / "results" / "widths" / "nas.json"
+        (tmp_path / "runs" / name / "nas" / "nas.json").write_bytes(source.read_bytes())
+    linked = make_run(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "link").symlink_to(linked)
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    out = tmp_path / "out"
+    assert run("--runs", tmp_path / "runs", "--out", out) == 0
+    names = ["a-nas-ranking", "b-nas-ranking"]
+    names += [f"toy-{name}" for name in ("orders", "rates", "steps", "training")]
+    assert sorted(path.stem for path in out.glob("*.png")) == names
+    with pytest.raises(ValueError, match="two pictures have one name"):
+        analyze.write_pages(out, [("img", "", "a", b""), ("img", "", "a", b"")])
+
+
+def test_a_page_that_somebody_else_wrote_stays(tmp_path, capsys):
+    make_run(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    assert run("--runs", tmp_path, "--out", tmp_path) == 2
+    assert "README.md was not made by analyze.py: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_result_table(tmp_path):

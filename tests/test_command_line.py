@@ -22,7 +22,12 @@ def test_a_run_end_to_end(tmp_path):
     assert re.search(
         r"as trained +all-shuffled +0\.\d+ \+- 0\.\d+ \(2 fresh learners\)", result.stdout
     )
-    assert "validation 0." in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "validation 0." in line]
+    assert [line.split(",")[0] for line in lines] == [
+        f"quick-learned-s7: outer step {step}" for step in (2, 3)
+    ]
+    assert result.stderr.count("\n") == len(lines)
+    assert "\r" not in result.stderr  # no bar where there is no terminal
     files = ["checkpoint.pt", "config.json", "evaluation.json", "log.jsonl", "teacher.pt"]
     assert sorted(p.name for p in folder.iterdir()) == files
 
@@ -101,6 +106,42 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run_gtn, tmp_path, monkeypat
     assert measured == expected
     assert run_gtn("--evaluate", teacher, "--learners", 10)[0] == 0
     assert len(measured) == 6
+
+
+def test_another_teacher_of_the_folder_has_rows_of_its_own(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "1")[0] == 0
+    folder = tmp_path / "runs" / "quick-learned-s0"
+    before = (folder / "evaluation.json").read_bytes()
+    content = gtn.read(folder / "teacher.pt")
+    content["curriculum"]["lr"] *= 100
+    gtn.write(folder / "B.pt", content)
+    assert run_gtn("--evaluate", folder / "B.pt", "--learners", 2)[0] == 0
+    assert (folder / "evaluation.json").read_bytes() == before
+    assert gtn.read(folder / "B-evaluation.json")["rows"][0]["n"] == 2
+    gtn.write(folder / "teacher.pt", content)
+    assert run_gtn("--evaluate", folder / "teacher.pt", "--learners", 1)[0] == 0
+    assert [row["n"] for row in gtn.read(folder / "evaluation.json")["rows"]] == [1] * 6
+
+
+def test_an_evaluation_that_cannot_be_written_is_refused_before_the_work(
+    run_gtn, tmp_path, monkeypatch
+):
+    assert run_gtn("--outer-steps", "1")[0] == 0
+    teacher = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    (teacher.with_name("evaluation.json.tmp")).mkdir()
+    monkeypatch.setattr(gtn, "evaluate", None)
+    status, output, error = run_gtn("--evaluate", teacher, "--learners", 5)
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert "evaluation.json" in error
+
+
+@pytest.mark.parametrize("variant", gtn.VARIANTS)
+def test_plain_sgd_and_an_adam_without_momentum(run_gtn, tmp_path, variant):
+    settings = [*TINY, "momentum=0", "outer_beta1=0", "order=in order", "test_learners=1"]
+    assert run_gtn("--outer-steps", "2", "--variant", variant, settings=settings)[0] == 0
+    folder = tmp_path / "runs" / f"quick-{variant}-s0"
+    momentum = gtn.read_teacher(folder / "teacher.pt")[1]["curriculum"].momentum
+    assert momentum.max() < 1e-4
 
 
 def test_rows_of_an_evaluation(run_gtn, tmp_path):
@@ -184,6 +225,9 @@ REFUSED = [
     ("--nosuch", "unrecognized arguments: --nosuch"),
     ("--evaluate nosuch.pt", "cannot read nosuch.pt"),
     ("--evaluate nosuch.pt --seed 0", "--evaluate goes with --learners"),
+    ("--evaluate nosuch.pt --config A", "--evaluate goes with --learners"),
+    ("--evaluate nosuch.pt --runs here", "--evaluate goes with --learners"),
+    ("--init nosuch.pt", "cannot read nosuch.pt"),
     ("--evaluate nosuch.pt --learners 0", "--learners: must be at least 1"),
 ]
 
@@ -218,8 +262,18 @@ def test_bad_input_through_the_real_command_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
-def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset):
+@pytest.mark.parametrize("variable", ["RANK=abc", "LOCAL_RANK=x", "WORLD_SIZE=2"])
+def test_what_torchrun_sets_is_refused_without_it(run_gtn, monkeypatch, variable):
+    monkeypatch.setenv(*variable.split("="))
+    status, output, error = run_gtn("--outer-steps", "1")
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert "RANK, LOCAL_RANK, WORLD_SIZE: unset them" in error
+
+
+@pytest.mark.parametrize(
+    ("dataset", "place"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")]
+)
+def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset, place):
     def offline(*_, **__):
         raise OSError("Network is unreachable")
 
@@ -228,16 +282,27 @@ def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset):
         "--set",
         f"dataset={dataset}",
         "--data",
-        str(tmp_path),
+        str(tmp_path / "mistyped"),
         "--runs",
         str(tmp_path / "runs"),
     ]
     status = gtn.run("gtn.py", gtn.main, ["--config", "A", *where])
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
-    for remedy in (str(tmp_path), "--data", "--config quick"):
+    for remedy in (str(tmp_path / "mistyped" / place), "--data", "--config quick"):
         assert remedy in error
-    assert not (tmp_path / "runs").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_memory_for_the_data(monkeypatch, capsys):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", exhausted)
+    status = gtn.run("gtn.py", gtn.main, ["--config", "A"])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert "out of memory" in error
 
 
 @pytest.mark.parametrize("labels", [[11, 0], [-1, 0], [0]])
@@ -306,8 +371,10 @@ def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(run_gtn, tmp_
     status, _, error = run_gtn("--outer-steps", "50")
     line = error.splitlines()[-1]
     assert status == 2
-    for text in ("outer step ", " diverged", "teacher.pt is good", "outer_lr"):
+    for text in ("outer step 3 diverged", "name=NAME", "inner_lr, then outer_lr", "--init"):
         assert text in line
+    advice = line.split("--init ")[1].split()[0]
+    assert advice == str(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
     teacher, content = gtn.read_teacher(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
     assert content["step"] == int(re.search(r"outer step (\d+)", line)[1]) - 1
     assert all(p.isfinite().all() for p in teacher.state_dict().values())

@@ -81,6 +81,16 @@ def test_torchrun(tmp_path):
     )
     assert [line["event"] for line in two].count("resume") == 1
     assert (two[0]["environment"]["ranks"], one[0]["environment"]["ranks"]) == (2, 1)
+    folder = tmp_path / "two" / "quick-learned-all-shuffled-s0"
+    evaluation = folder / "evaluation.json"
+    rows = gtn.read(evaluation)["rows"]
+    evaluation.unlink()
+    program = [*torchrun, ROOT / "gtn.py"]
+    arguments = ["--evaluate", folder / "teacher.pt", "--learners", 3, "--device", "cpu"]
+    assert shell(*arguments, script=program).returncode == 0
+    shared = gtn.read(evaluation)["rows"]
+    assert [row["n"] for row in shared] == [3, 3, 3, 1, 1, 1]
+    assert [row["accuracies"][:1] for row in shared] == [row["accuracies"] for row in rows]
     losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -96,11 +106,44 @@ def test_a_folder_is_not_overwritten(run_gtn, tmp_path):
     status, _, error = run_gtn("--outer-steps", "3", "--resume")
     assert (status, error.count("\n")) == (2, 1)
     assert "a run with outer_steps=2, now 3" in error
-    (tmp_path / "runs" / "quick-learned-s0" / "checkpoint.pt").unlink()  # a published run has none
-    assert run_gtn("--outer-steps", "2")[0] == 2
-    after = contents(tmp_path)
-    assert before.pop("checkpoint.pt")
-    assert after == before
+    for missing in ("checkpoint.pt", "config.json"):  # a published run has no checkpoint
+        path = tmp_path / "runs" / "quick-learned-s0" / missing
+        path.rename(tmp_path / missing)
+        for arguments in ([], ["--resume"]):
+            status, _, error = run_gtn("--outer-steps", "2", *arguments)
+            assert (status, error.count("\n")) == (2, 1)
+            assert f"but no {missing} to resume from: choose another --runs" in error
+        (tmp_path / missing).rename(path)
+    assert contents(tmp_path) == before
+
+
+def test_what_cannot_change_the_result_may_change_on_resume(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "3", stop_after=1)[0] == 130
+    free = ["flat=true", "cuda_graph=false", "checkpoint_every=9", "validate_every=3"]
+    free += ["validation_learners=1", "validation_images=40", "test_learners=1"]
+    status, _, error = run_gtn("--outer-steps", "3", "--resume", settings=[*TINY, *free])
+    assert status == 0, error
+    folder = tmp_path / "runs" / "quick-learned-s0"
+    assert gtn.read(folder / "teacher.pt")["config"]["flat"]
+    lines = [line for line in gtn.read(folder / "log.jsonl") if line["event"] == "validation"]
+    assert [(line["step"], line["accuracy"]["n"]) for line in lines] == [(0, 2), (3, 1)]
+    status, _, error = run_gtn("--outer-steps", "3", "--resume", "--set", "inner_lr=0.1")
+    assert status == 2
+    assert "a run with inner_lr=0.005, now 0.1: choose" in error
+
+
+def test_a_run_from_another_teacher(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "2")[0] == 0
+    source = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    init = ["--outer-steps", "2", "--init", source]
+    assert run_gtn(*init, "--seed", "1", stop_after=0)[0] == 130
+    phi = gtn.read(tmp_path / "runs" / "quick-learned-s1" / "teacher.pt")["teacher"]
+    for name, x in gtn.read(source)["teacher"].items():
+        assert torch.equal(phi[name], x), name
+    status, _, error = run_gtn(*init, "--seed", "2", "--set", "inner_steps=4")
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"--init {source}: must be of this variant and these sizes" in error
+    assert not (tmp_path / "runs" / "quick-learned-s2").exists()
 
 
 def start(tmp_path, steps, *more):
@@ -158,7 +201,7 @@ def test_kill_9_at_random_moments(tmp_path, request):
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.communicate()
         assert before < checkpoint_step(folder) < steps
-        assert gtn.read_teacher(folder / "teacher.pt")[1]["step"] >= checkpoint_step(folder)
+        gtn.read_teacher(folder / "teacher.pt")
         gtn.read(folder / "log.jsonl")
         gtn.read(folder / "config.json")
     for process in (start(tmp_path / "killed", steps, "--resume"), undisturbed):

@@ -329,6 +329,18 @@ def test_variants():
             assert first.labels[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
+@pytest.mark.parametrize("batch_size", [3, 10, 16])
+def test_batches_too_small_for_every_class_take_turns(batch_size):
+    """Labels go on where the step before ended; from ten images on every step has them all."""
+    teacher, data, *_ = tiny(batch_size=batch_size, inner_steps=10)
+    labels = teacher(data).labels
+    assert labels.shape == (10, batch_size)
+    if batch_size < 10:
+        assert labels.flatten().tolist() == [i % 10 for i in range(10 * batch_size)]
+    else:
+        assert labels.tolist() == [[i % 10 for i in range(batch_size)]] * 10
+
+
 def test_learners_of_an_outer_step_are_averaged():
     """The gradient of two learners per step is the mean of the two learners' own."""
     teacher, data, *_ = tiny(learners_per_step=2, outer_lr=0)  # phi stays

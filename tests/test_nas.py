@@ -97,7 +97,8 @@ def test_the_published_ranking_follows_from_its_measurements(monkeypatch):
             assert row == pytest.approx(expected, abs=5e-4)
 
 
-def test_the_ceiling_differences_and_what_is_undefined():
+def test_the_ceiling_differences_and_what_is_undefined(monkeypatch):
+    monkeypatch.setattr(nas, "ENOUGH", 5)
     a, b, c = [1.0, 2, 3, 4, 5], [2.0, 1, 4, 3, 5], [5.0, 4, 3, 2, 1]
     ceiling = nas.correlations(with_sizes(teacher=a), [a, b, c], 0)["ceiling"]["kendall"]["all"]
     assert ceiling["value"] == pytest.approx((0.6 - 1 - 0.6) / 3)  # the mean over pairs
@@ -280,11 +281,15 @@ def without_seconds(lines):
     return [x | {"seconds": None} for x in lines]
 
 
-def test_a_search_end_to_end(teacher, few):
+def test_a_search_end_to_end(teacher, few, capsys):
     """Every architecture's line is what it measures alone, in another order; picks follow from
     the lines."""
     assert search(teacher) == 0
     result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
+    row = result["correlations"]["control"]["spearman"]["all"]
+    assert (row["low"], row["high"]) == (None, None)  # of three architectures
+    assert nas.interval({"value": 0.5, "low": None, "high": None}) == "0.50 -"
+    assert "no intervals: they need 8 architectures" in capsys.readouterr().out
     source, control, lines = (
         gtn.read_teacher(teacher)[0],
         result["control"],
