@@ -112,8 +112,8 @@ def read_evaluation(path, T):
     evaluation = {"step": int(content["step"])}
     for row in content["rows"]:
         accuracies = np.array(row["accuracies"], float)
-        if row["architecture"] not in ("as trained", "training"):  # older files: training
-            continue
+        if row.get("architecture") not in (None, "as trained", "training"):
+            continue  # older files have others
         if row.get("every_step") or row["order"] == "every step":  # older files: an order
             evaluation["every step"] = accuracies.reshape(-1, T)
         else:

@@ -49,6 +49,8 @@ class InputError(Exception):
 
 # ---- config ----
 
+# a learner trains on images of a generator, whose latent input is learned, drawn once or drawn
+# for every learner; on learned pixels; on real images
 VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 DATASETS = {  # torchvision's names
@@ -85,13 +87,15 @@ class Config:
     batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
     latent_size: int = setting(64, "latent numbers per image; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
-    generator_filters: int = setting(64, "then half as many; paper: 128, 64")
+    generator_filters: int = setting(
+        64, "of its first feature maps; then half as many; paper: 128, 64"
+    )
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
     inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, which diverges here", 1e-9)
     momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
     # learner
     filters: tuple = setting(
-        (64, 128), "of each conv block; [low, high]: sampled; paper: 64, 128", high=65535
+        (64, 128), "one entry a conv block; [low, high]: sampled; paper: 64, 128", high=65535
     )
     least_blocks: int = setting(0, "fewest of these blocks to sample; 0: always all", low=0)
     kernels: tuple = setting(
@@ -391,9 +395,10 @@ def blueprint(architecture, image_shape):
             raise InputError(f"make_learner: learners must have no running state, such as {name}")
         try:
             learner(torch.empty(1, *image_shape))
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError) as error:  # of one image, for which GroupNorm complains
             depth = f"{len(architecture.filters)} conv blocks are too deep"
-            raise InputError(f"{depth} for images of {image_shape[1]}x{image_shape[2]}") from None
+            images = f"images of {image_shape[1]}x{image_shape[2]}"
+            raise InputError(f"{depth} for {images} ({str(error)[:80]})") from None
     return learner
 
 
@@ -408,7 +413,7 @@ def to_parameters(theta, learner):
     named = dict(learner.named_parameters())
     parts = theta.split([p.numel() for p in named.values()])
     for (name, p), part in zip(named.items(), parts, strict=True):
-        if p.dim() == 4:  # a convolution is faster in this layout, which one more view would lose
+        if p.dim() == 4:  # a convolution is faster in this memory layout
             named[name] = part.view(p.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
         else:
             named[name] = part.view(p.shape)
@@ -476,7 +481,7 @@ def real_loss(theta, real, architecture):
 def meta_gradient(theta, curriculum, architecture, batches):
     """Meta-loss, and its gradient in the curriculum's images, lr and momentum.
 
-    batches[t]: real data (a Split) for a loss after inner step t, or None.
+    batches[t]: real data (a Split) for a loss of theta_{t+1}, or None.
     Returns (loss [], images [T, B, C, H, W], lr [T], momentum [T]).
     """
     curriculum = Curriculum(*map(leaf, curriculum))
@@ -543,10 +548,10 @@ def sample_architecture(config):
     return Architecture(filters, kernels, pooling, config.normalization, config.hidden_units)
 
 
-def check_depth(config, image_shape, tested="as trained"):
+def check_depth(config, image_shape):
     """Raises InputError if images are too small for all blocks."""
-    deepest = sample_architecture(dataclasses.replace(config, least_blocks=0))
-    blueprint(TESTED[tested](deepest), image_shape)
+    all_blocks = dataclasses.replace(config, least_blocks=0)
+    blueprint(sample_architecture(all_blocks), image_shape)
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
@@ -554,7 +559,7 @@ def add_meta_gradient(teacher, data, architecture, theta):
     config = teacher.config
     curriculum = teacher(data).shuffled(config.order)
     batches = [None] * config.inner_steps
-    for t in range(config.inner_steps)[:: -config.meta_loss_every]:  # from the last one on
+    for t in range(config.inner_steps)[:: -config.meta_loss_every]:  # backwards from the last
         batches[t] = sample(data.train, config.meta_batch_size)
     method = meta_gradient_flat if config.flat else meta_gradient
     meta_loss, *gradients = method(theta, curriculum, architecture, batches)
@@ -624,14 +629,6 @@ def capture_graph(teacher, data):
 
 # ---- evaluation ----
 
-TESTED = {  # architectures to test, made of the one that the teacher was trained with
-    "as trained": lambda a: a,
-    "double width": lambda a: a._replace(filters=tuple(2 * f for f in a.filters)),
-    "one more block": lambda a: a._replace(
-        filters=(*a.filters, a.filters[-1]), kernels=(*a.kernels, 3)
-    ),
-}
-
 
 @torch.no_grad()
 def accuracy(theta, split, architecture):
@@ -641,20 +638,18 @@ def accuracy(theta, split, architecture):
     return (predictions == split.labels).double().mean().item()
 
 
-def evaluate(teacher, data, split, learners, order=None, tested="as trained", every_step=False):
+def evaluate(teacher, data, split, learners, order=None, every_step=False):
     """Accuracy of fresh learners, unseen in training: a row of evaluation.json.
 
-    order: one of ORDERS, by default the teacher's. tested: a key of TESTED. every_step: T
-    accuracies, after each inner step.
+    order: one of ORDERS, by default the teacher's. every_step: T accuracies, after each inner step.
     """
     config = teacher.config
     order = order or config.order
-    check_depth(config, split.images.shape[1:], tested)
     accuracies = {}
     share = range(RANK, learners, WORLD)
-    for k in tqdm(share, f"{tested}, {order}", leave=False, delay=10, disable=None):
+    for k in tqdm(share, order, leave=False, delay=10, disable=None):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
-            architecture = TESTED[tested](sample_architecture(config))
+            architecture = sample_architecture(config)
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
             curriculum = teacher(data).shuffled(order)
         _, *states = unroll(theta, curriculum, architecture)
@@ -663,7 +658,7 @@ def evaluate(teacher, data, split, learners, order=None, tested="as trained", ev
         else:
             accuracies[k] = accuracy(states[-1][0], split, architecture)
     accuracies = gathered(accuracies)
-    row = {"architecture": tested, "order": order, "every_step": every_step}
+    row = {"order": order, "every_step": every_step}
     row["transductive"] = config.normalization == "batch"  # predictions depend on each other
     return row | summary([accuracies[k] for k in range(learners)])
 
@@ -707,7 +702,7 @@ def reading(path):
 
 
 def read(path):
-    """The content of a .json or .pt (a dict), or a .jsonl (a list of dicts, if finished)."""
+    """The content of a .json or .pt (a dict), or a .jsonl (its finished lines)."""
     with reading(path):
         if path.suffix == ".json":
             return dict(json.loads(path.read_text("utf-8")))
@@ -860,7 +855,10 @@ def refuse_other_run(config, folder, resume):
     elsewhere = "choose another --runs, or --set name=NAME"
     names = "config.json", "checkpoint.pt", "teacher.pt", "log.jsonl", "evaluation.json"
     present = [name for name in names if (folder / name).exists()]
-    if present in ([], ["config.json"]):  # nothing was trained
+    log = folder / "log.jsonl"
+    if names[1] not in present and log.exists() and read(log)[-1]["step"] == 0:
+        return  # killed while it saved for the first time
+    if present in ([], ["config.json"]):
         return
     for name in names[:2]:
         if name not in present:
@@ -872,7 +870,7 @@ def refuse_other_run(config, folder, resume):
     changes = []
     for field in dataclasses.fields(config):
         now = getattr(config, field.name)
-        if now != there[field.name] and not (resume and field.metadata["free"]):
+        if now != there[field.name] and not field.metadata["free"]:
             changes.append(f"{field.name}={there[field.name]!r}, now {now!r}")
     if changes:
         raise InputError(f"{folder} holds a run with {'; '.join(changes)}: {elsewhere}")
@@ -881,7 +879,7 @@ def refuse_other_run(config, folder, resume):
 
 
 def save(folder, teacher, optimizer, data, step, log):
-    """Write checkpoint.pt, teacher.pt (with one sampled curriculum) and log.jsonl."""
+    """Write log.jsonl, teacher.pt (with one sampled curriculum) and checkpoint.pt."""
     with torch.no_grad(), seeded(teacher.config.seed, CURRICULUM):
         curriculum = teacher(data)._asdict()
     content = {
@@ -893,9 +891,9 @@ def save(folder, teacher, optimizer, data, step, log):
         "mean": data.mean.cpu(),
         "std": data.std.cpu(),
     }
-    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
-    write(folder / "teacher.pt", content)
     write(folder / "log.jsonl", log)
+    write(folder / "teacher.pt", content)
+    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
 
 
 def validate(teacher, data):
@@ -931,15 +929,15 @@ def train(config, data, folder, resume=False, init=None):
             about = {"config": dataclasses.asdict(config), "environment": origin}
             write(folder / "config.json", about)
             log.append(log_line("validation", step, started, **validate(teacher, data)))
-        save(folder, teacher, optimizer, data, step, log)  # all files of the same step
+            save(folder, teacher, optimizer, data, step, log)
         saved = time.monotonic()
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
             if not math.isfinite(sum(result)):
-                advice = "begin again with --set name=NAME and a smaller inner_lr, then outer_lr"
+                advice = "reduce inner_lr or momentum, then outer_lr"
                 if step > 1:
-                    advice += f"; --init {folder}/teacher.pt goes on from the last good teacher"
-                raise InputError(f"outer step {step} diverged: {advice}")
+                    advice = f"reduce outer_lr; --init {folder}/teacher.pt starts from its last phi"
+                raise InputError(f"outer step {step} diverged: --set name=NAME, {advice}")
             log.append(log_line("step", step, started, **result._asdict()))
             last = step == config.outer_steps
             if step % config.validate_every == 0 or last:
@@ -971,23 +969,19 @@ def evaluate_file(path, learners, data, device):
         there = read(output)
         with reading(output):
             if there.get("sha256") == result["sha256"]:
-                keys = "architecture", "order", "every_step"
-                rows = {tuple(row[key] for key in keys): row for row in there["rows"]}
-    fewer = 1 + learners // 10
+                rows = {(row["order"], row["every_step"]): row for row in there["rows"]}
     orders = sorted(ORDERS, key=lambda order: order != config.order)  # its own comes first
-    tests = {("as trained", order, False): learners for order in orders}
-    tests["as trained", config.order, True] = fewer
-    tests |= {(tested, config.order, False): fewer for tested in [*TESTED][1:]}
-    for (tested, order, every_step), n in tests.items():
+    tests = {(order, False): learners for order in orders}
+    tests[config.order, True] = 1 + learners // 10
+    for (order, every_step), n in tests.items():
         write(output, result | {"rows": [*rows.values()]})  # an error comes before the work
-        row = rows.get((tested, order, every_step))
-        with contextlib.suppress(InputError):  # one more block may be too deep
-            if not row or row["n"] < n:
-                split = first(data.test, 1000) if every_step else data.test
-                row = evaluate(teacher, data, split, n, order, tested, every_step)
-                rows[tested, order, every_step] = row
-            if RANK == 0 and not every_step:
-                print(f"{tested:<16}{order:<16}{in_words(row)}")
+        row = rows.get((order, every_step))
+        if not row or row["n"] < n:
+            split = first(data.test, 1000) if every_step else data.test
+            row = evaluate(teacher, data, split, n, order, every_step)
+            rows[order, every_step] = row
+        if RANK == 0 and not every_step:
+            print(f"{order:<16}{in_words(row)}")
     write(output, result | {"rows": [*rows.values()]})
 
 
@@ -1132,16 +1126,16 @@ def main(arguments=None):
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
     add("--init", type=Path, metavar="TEACHER.pt", help="start a new run from its phi")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="evaluate it instead of training")
-    add("--learners", type=int, default=100, help="per test of --evaluate (default: 100)")
+    add("--learners", type=int, help="for each order, with --evaluate (default: 100)")
     args = parser.parse_args(arguments)
-    if args.learners < 1:
-        parser.error("--learners: must be at least 1")
+    if args.learners is not None and (args.learners < 1 or not args.evaluate):
+        parser.error("--learners: must be at least 1, and goes with --evaluate")
     device = choose_device(args.device)
     if args.evaluate:
         if args.set or args.config or args.runs or args.init:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
-        return evaluate_file(args.evaluate, args.learners, data, device)
+        return evaluate_file(args.evaluate, args.learners or 100, data, device)
     config = make_config(args.config or "quick", args.set)
     folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)

@@ -70,9 +70,7 @@ def test_torchrun(tmp_path):
         for program, more in calls
     ]
     assert [result.returncode for result in results] == [1, 1, 0], results
-    assert (
-        results[-1].stdout.count("all-shuffled  ") == 3
-    )  # the architecture that it knows and two others, once each
+    assert results[-1].stdout.count("all-shuffled  ") == 1
     assert results[1].stderr.count("gtn.py: error: ") == 1, results[1].stderr
     assert shell(*settings, "learners_per_step=2", "--runs", tmp_path / "one").returncode == 0
     two, one = (
@@ -89,7 +87,7 @@ def test_torchrun(tmp_path):
     arguments = ["--evaluate", folder / "teacher.pt", "--learners", 3, "--device", "cpu"]
     assert shell(*arguments, script=program).returncode == 0
     shared = gtn.read(evaluation)["rows"]
-    assert [row["n"] for row in shared] == [3, 3, 3, 1, 1, 1]
+    assert [row["n"] for row in shared] == [3, 3, 3, 1]
     assert [row["accuracies"][:1] for row in shared] == [row["accuracies"] for row in rows]
     losses = [[line["meta_loss"] for line in log if line["event"] == "step"] for log in (two, one)]
     assert len(losses[0]) == 4
@@ -201,7 +199,7 @@ def test_kill_9_at_random_moments(tmp_path, request):
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.communicate()
         assert before < checkpoint_step(folder) < steps
-        gtn.read_teacher(folder / "teacher.pt")
+        assert gtn.read_teacher(folder / "teacher.pt")[1]["step"] >= checkpoint_step(folder)
         gtn.read(folder / "log.jsonl")
         gtn.read(folder / "config.json")
     for process in (start(tmp_path / "killed", steps, "--resume"), undisturbed):

@@ -480,7 +480,7 @@ def test_evaluation_by_hand(normalization, order):
         return (predictions == data.test.labels[:count]).double().mean().item()
 
     assert row["accuracies"] == [pytest.approx([fraction_right(theta, 30) for theta, _ in states])]
-    names = {"architecture": "as trained", "order": order, "every_step": True}
+    names = {"order": order, "every_step": True}
     assert row.items() >= (names | {"transductive": normalization == "batch", "n": 1}).items()
     expected = [pytest.approx(fraction_right(states[-1][0], 60))]
     for same in (None, order):
