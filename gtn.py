@@ -192,6 +192,7 @@ def download(dataset, folder, training):
     """Images [N, C, H, W] in 0..1 and labels [N] of a data set of torchvision."""
     name = DATASETS[dataset]
     place = Path(folder, "cifar-10-batches-py" if dataset == "cifar10" else f"{name}/raw")
+    missing = [path for path in (place, *place.parents) if not path.exists()]
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             part = getattr(datasets, name)(folder, train=training, download=True)
@@ -202,9 +203,9 @@ def download(dataset, folder, training):
     except Exception as error:  # offline, damaged files, ...: the remedy is the same
         if out_of_memory(error):
             raise
-        for empty in (place, place.parent, Path(folder)):  # made for the download
+        for made in missing:
             with contextlib.suppress(OSError):
-                empty.rmdir()
+                made.rmdir()
         problem = f"no whole {name} in {place}, and no download of it"
         reason = " ".join(str(error).split())[:150]
         advice = "put its files there, or choose --data DIR or --config quick"
@@ -503,15 +504,17 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
     the first, takes a step again with its graph and pulls the adjoint lambda_{t+1} back through it.
     """
     curriculum = Curriculum(*(x.detach() for x in curriculum))
-    states = [*unroll(theta, curriculum, architecture)]
-    adjoint = [torch.zeros_like(x) for x in states.pop()]
+    states = theta.new_empty(len(batches) + 1, 2, len(theta))  # many pieces would leave gaps
+    for t, state in enumerate(unroll(theta, curriculum, architecture)):
+        states[t] = torch.stack(state).detach()
+    adjoint = [torch.zeros_like(x) for x in state]  # lambda_T, without the meta-loss after step T
     gradients = [
         torch.empty_like(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)
     ]
     count = sum(real is not None for real in batches)
     meta_loss = 0
     for t in reversed(range(len(batches))):
-        state = [leaf(x) for x in states.pop()]
+        state = [leaf(x) for x in states[t]]
         images, labels, lr, momentum = (leaf(x[t]) for x in curriculum)
         outputs = inner_step(*state, images, labels, lr, momentum, architecture, create_graph=True)
         weights = adjoint

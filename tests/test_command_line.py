@@ -270,14 +270,14 @@ def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset, place):
         "--set",
         f"dataset={dataset}",
         "--data",
-        str(tmp_path / "mistyped"),
+        str(tmp_path / "mistyped" / "data"),
         "--runs",
         str(tmp_path / "runs"),
     ]
     status = gtn.run("gtn.py", gtn.main, ["--config", "A", *where])
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
-    for remedy in (str(tmp_path / "mistyped" / place), "--data", "--config quick"):
+    for remedy in (str(tmp_path / "mistyped" / "data" / place), "--data", "--config quick"):
         assert remedy in error
     assert list(tmp_path.iterdir()) == []
 
