@@ -128,13 +128,13 @@ def files_below(folder, name):
     return sorted(each.values())
 
 
-def words_of(command):
-    """The words of a command line as a run recorded it, without --resume."""
+def parts_of(command):
+    """The parts of a command line as a run recorded it, without --resume."""
     try:
-        words = shlex.split(command)
+        parts = shlex.split(command)
     except ValueError:  # an older file, whose command was not quoted for a shell
-        words = command.split()
-    return [word for word in words if word != "--resume"]
+        parts = command.split()
+    return [part for part in parts if part != "--resume"]
 
 
 def read_run(path, damaged):
@@ -148,7 +148,7 @@ def read_run(path, damaged):
         folder,
         config,
         device=str(origin["device"]),
-        command=words_of(str(origin["command"])),
+        command=parts_of(str(origin["command"])),
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
         teacher=attempt(damaged, folder / "teacher.pt", lambda path: gtn.read_teacher(path)[1]),
@@ -192,11 +192,11 @@ def next_command(run):
         run.evaluation.get("step", -1) < step or "every step" not in run.evaluation
     ):
         command = ["python", "gtn.py", "--evaluate", str(run.folder / "teacher.pt")]
-        for word, following in zip(run.command, [*run.command[1:], ""], strict=True):
-            if word.startswith("--data="):
-                command.append(word)
-            elif word == "--data":
-                command += [word, following]
+        for part, following in zip(run.command, [*run.command[1:], ""], strict=True):
+            if part.startswith("--data="):
+                command.append(part)
+            elif part == "--data":
+                command += [part, following]
         return f"{run.folder}: no whole evaluation.json: {shlex.join(command)}"
     return None
 

@@ -171,6 +171,7 @@ def test_configs_hold_differences_alone():
         "A": ("mnist", 20, 32),
         "B": ("mnist", 10, 32),
         "C": ("mnist", 10, 16),
+        "cifar10": ("cifar10", 20, 32),
     }
     assert shapes.items() >= (expected | {"paper": ("mnist", 32, 128)}).items()
     assert gtn.make_config("A").filters == (64, 128)
