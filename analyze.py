@@ -438,7 +438,7 @@ def draw_steps(conditions, config):
                 axes.plot(config.inner_steps, accuracy, **look, **size_and_colour)
                 axes.plot([], [], color="0.4", label=source, **look)
     axes.set(xlabel="inner steps", ylabel="test accuracy")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     caption = (
         "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one "
         "standard deviation. Marks, in the colours of the variants: what others report after the "
@@ -463,7 +463,7 @@ def draw_rates(conditions, config):
                 draw_mean(bottom, over_inner, **look)
         top.set(xlabel="outer steps", ylabel=name)
         bottom.set(xlabel="inner step", ylabel=name)
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         if log:
             logarithmic(top, top.yaxis)
             logarithmic(bottom, bottom.yaxis)

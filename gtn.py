@@ -84,15 +84,19 @@ class Config:
     dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
     # curriculum and teacher
     inner_steps: int = setting(20, "T, SGD steps of a learner; earlier run: 20 or 10; paper: 32")
-    batch_size: int = setting(32, "B, images per inner step; earlier run: 32 or 16; paper: 128", 2)
+    batch_size: int = setting(
+        32, "B, images per inner step; earlier run: 32 or 16; paper: 128", low=2
+    )
     latent_size: int = setting(64, "latent numbers per image; paper: 128")
     hidden_size: int = setting(512, "units of the generator's first layer; paper: 1024")
     generator_filters: int = setting(
         64, "of its first feature maps; then half as many; paper: 128, 64"
     )
     image_scale: float = setting(2.0, "pixels are image_scale * tanh; paper: 2", low=0)
-    inner_lr: float = setting(0.005, "alpha at the start; paper: 0.02, which diverges here", 1e-9)
-    momentum: float = setting(0.5, "mu at the start; paper: 0.5", 0, 0.9999)
+    inner_lr: float = setting(
+        0.005, "alpha at the start; paper: 0.02, which diverges here", low=1e-9
+    )
+    momentum: float = setting(0.5, "mu at the start; paper: 0.5", low=0, high=0.9999)
     # learner
     filters: tuple = setting(
         (64, 128), "one entry a conv block; [low, high]: sampled; paper: 64, 128", high=65535
@@ -113,12 +117,14 @@ class Config:
     meta_loss_every: int = setting(10, "inner steps from one meta-loss to the next; paper: 1")
     flat: bool = setting(False, "memory that hardly grows with T", choices=(False, True), free=True)
     outer_steps: int = setting(
-        5000, "length of the schedule; earlier run: 5000; paper: 2000", 1, 10**7
+        5000, "length of the schedule; earlier run: 5000; paper: 2000", high=10**7
     )
-    outer_lr: float = setting(0.02, "of Adam at the start; paper: 0.02; earlier run: 0.01", 0, 1)
-    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1", 0)
-    outer_beta1: float = setting(0.5, "paper: 0.9, slower at first", 0, 0.9999)
-    outer_beta2: float = setting(0.999, "PyTorch: 0.999", 0, 0.9999)
+    outer_lr: float = setting(
+        0.02, "of Adam at the start; paper: 0.02; earlier run: 0.01", low=0, high=1
+    )
+    outer_lr_end: float = setting(0.1, "fraction of outer_lr at the end; paper: 0.1", low=0)
+    outer_beta1: float = setting(0.5, "paper: 0.9, slower at first", low=0, high=0.9999)
+    outer_beta2: float = setting(0.999, "PyTorch: 0.999", low=0, high=0.9999)
     learners_per_step: int = setting(1, "fresh learners per outer step and process")
     cuda_graph: bool = setting(
         True, "on CUDA, if learners have one architecture", choices=(False, True), free=True
@@ -395,8 +401,8 @@ def blueprint(architecture, image_shape):
         for name, _ in learner.named_buffers():
             raise InputError(f"make_learner: learners must have no running state, such as {name}")
         try:
-            learner(torch.empty(1, *image_shape))
-        except (ValueError, RuntimeError) as error:  # of one image, for which GroupNorm complains
+            learner(torch.empty(1, *image_shape))  # one image: an error where 1x1 is normalized
+        except (ValueError, RuntimeError) as error:
             depth = f"{len(architecture.filters)} conv blocks are too deep"
             images = f"images of {image_shape[1]}x{image_shape[2]}"
             raise InputError(f"{depth} for {images} ({str(error)[:80]})") from None
@@ -483,7 +489,8 @@ def meta_gradient(theta, curriculum, architecture, batches):
     """Meta-loss, and its gradient in the curriculum's images, lr and momentum.
 
     batches[t]: real data (a Split) for a loss of theta_{t+1}, or None.
-    Returns (loss [], images [T, B, C, H, W], lr [T], momentum [T]).
+    Returns (loss [], images [T, B, C, H, W], lr [T], momentum [T]); `add_meta_gradient` goes on to
+    phi.
     """
     curriculum = Curriculum(*map(leaf, curriculum))
     _, *states = unroll(theta, curriculum, architecture, create_graph=True)
@@ -504,10 +511,10 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
     the first, takes a step again with its graph and pulls the adjoint lambda_{t+1} back through it.
     """
     curriculum = Curriculum(*(x.detach() for x in curriculum))
-    states = theta.new_empty(len(batches) + 1, 2, len(theta))  # many pieces would leave gaps
+    states = theta.new_empty(len(batches) + 1, 2, len(theta))  # one piece leaves no gaps in memory
     for t, state in enumerate(unroll(theta, curriculum, architecture)):
         states[t] = torch.stack(state).detach()
-    adjoint = [torch.zeros_like(x) for x in state]  # lambda_T, without the meta-loss after step T
+    adjoint = [torch.zeros_like(x) for x in state]  # lambda_T; the loss of theta_T comes in below
     gradients = [
         torch.empty_like(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)
     ]
@@ -553,7 +560,7 @@ def sample_architecture(config):
 
 def check_depth(config, image_shape):
     """Raises InputError if images are too small for all blocks."""
-    all_blocks = dataclasses.replace(config, least_blocks=0)
+    all_blocks = dataclasses.replace(config, least_blocks=0)  # 0: always all
     blueprint(sample_architecture(all_blocks), image_shape)
 
 
@@ -784,7 +791,7 @@ def read_teacher(path, device="cpu", data=None):
         channels = image_shape[:1]
         expected = [(T, B, *image_shape), (T, B), (T,), (T,), channels, channels]
         tensors = [*curriculum, content["mean"], content["std"]]
-        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]
+        floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]  # not the labels
         F.one_hot(curriculum.labels, CLASSES)  # raises an error if these are no labels
         if (
             [x.shape for x in tensors] != expected
@@ -849,7 +856,8 @@ def begin(config, data, folder, resume, init=None):
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
-        optimizer.load_state_dict(content.get("optimizer", optimizer.state_dict()))
+        if "optimizer" in content:
+            optimizer.load_state_dict(content["optimizer"])
         return teacher, optimizer, int(content["step"]), list(content["log"])
 
 
@@ -859,11 +867,15 @@ def refuse_other_run(config, folder, resume):
     names = "config.json", "checkpoint.pt", "teacher.pt", "log.jsonl", "evaluation.json"
     present = [name for name in names if (folder / name).exists()]
     log = folder / "log.jsonl"
-    if names[1] not in present and log.exists() and read(log)[-1]["step"] == 0:
-        return  # killed while it saved for the first time
+    if (
+        "checkpoint.pt" not in present
+        and log.exists()
+        and not any(x.get("step") for x in read(log))
+    ):
+        return  # killed while it saved for the first time, the log before the rest
     if present in ([], ["config.json"]):
         return
-    for name in names[:2]:
+    for name in ("config.json", "checkpoint.pt"):
         if name not in present:
             holds = f"holds {', '.join(present)}, but no {name} to resume from"
             raise InputError(f"{folder} {holds}: {elsewhere}")
@@ -939,8 +951,10 @@ def train(config, data, folder, resume=False, init=None):
             if not math.isfinite(sum(result)):
                 advice = "reduce inner_lr or momentum, then outer_lr"
                 if step > 1:
-                    advice = f"reduce outer_lr; --init {folder}/teacher.pt starts from its last phi"
-                raise InputError(f"outer step {step} diverged: --set name=NAME, {advice}")
+                    advice = f"reduce outer_lr; --init {folder}/teacher.pt goes on from here"
+                raise InputError(
+                    f"outer step {step} diverged: in a new run (--set name=NAME ...), {advice}"
+                )
             log.append(log_line("step", step, started, **result._asdict()))
             last = step == config.outer_steps
             if step % config.validate_every == 0 or last:
@@ -1145,6 +1159,8 @@ def main(arguments=None):
     train(config, data, folder, args.resume, args.init)
     if RANK == 0:
         print(f"{folder}: {config.outer_steps} outer steps")
+    if WORLD > 1:
+        distributed.barrier()  # until rank 0 has written teacher.pt
     evaluate_file(folder / "teacher.pt", config.test_learners, data, device)
 
 
