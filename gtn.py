@@ -583,7 +583,7 @@ def add_meta_gradient(teacher, data, architecture, theta):
 def outer_step(teacher, optimizer, data, step, replay=None):
     """One step of Adam on phi along the mean meta-gradient of fresh learners.
 
-    step counts from 0; replay is what `capture_graph` returns.
+    step counts from 0; replay (see `capture_graph`) knows its architecture.
     """
     config = teacher.config
     learners = config.learners_per_step
@@ -615,7 +615,7 @@ def cuda_graph_possible(config):
 
 
 def capture_graph(teacher, data):
-    """`add_meta_gradient` as one CUDA graph: a function of theta_0."""
+    """`add_meta_gradient` as one CUDA graph: a function of theta_0, random as `seeded`."""
     architecture = sample_architecture(teacher.config)
     theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
     graph = torch.cuda.CUDAGraph()
@@ -1137,7 +1137,7 @@ def main(arguments=None):
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see below")
     for name in ("variant", "seed", "outer_steps"):
         short = {"dest": "set", "action": "append", "metavar": "VALUE"}
-        short["type"] = f"{name}={{}}".format
+        short["type"] = f"{name}={{}}".format  # "seed=7" of 7
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
