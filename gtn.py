@@ -41,6 +41,7 @@ FORMAT = 1  # of the files that a run leaves
 TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # how many there are
+NO_BAR = RANK > 0 or None  # for tqdm: None is where standard error is no terminal
 
 
 class InputError(Exception):
@@ -615,7 +616,7 @@ def cuda_graph_possible(config):
 
 
 def capture_graph(teacher, data):
-    """`add_meta_gradient` as one CUDA graph: a function of theta_0, random as `seeded`."""
+    """`add_meta_gradient` as one CUDA graph: a function of theta_0; draws follow `seeded`."""
     architecture = sample_architecture(teacher.config)
     theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
     graph = torch.cuda.CUDAGraph()
@@ -657,7 +658,7 @@ def evaluate(teacher, data, split, learners, order=None, every_step=False):
     order = order or config.order
     accuracies = {}
     share = range(RANK, learners, WORLD)
-    for k in tqdm(share, order, leave=False, delay=10, disable=None):
+    for k in tqdm(share, order, leave=False, delay=10, disable=NO_BAR):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
             architecture = sample_architecture(config)
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
@@ -936,8 +937,7 @@ def train(config, data, folder, resume=False, init=None):
     origin = environment(data.mean.device)
     started = time.monotonic() - (log[-1]["seconds"] if log else 0)
     steps = range(step + 1, config.outer_steps + 1)
-    no_bar = True if RANK > 0 else None  # None: where standard error is no terminal
-    bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=no_bar)
+    bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=NO_BAR)
     with bar, locked(folder):
         log.append(log_line("resume" if log else "start", step, started, environment=origin))
         if len(log) == 1:

@@ -421,8 +421,7 @@ def measure_missing(folder, architectures, done, data, sources, settings):
     """The lines of all architectures; torchrun's processes measure those that are missing."""
     missing = [architecture for architecture in architectures if architecture not in done]
     share = missing[gtn.RANK :: gtn.WORLD]
-    no_bar = True if gtn.RANK > 0 else None  # None: where standard error is no terminal
-    for architecture in tqdm(share, folder.name, unit="net", disable=no_bar):
+    for architecture in tqdm(share, folder.name, unit="net", disable=gtn.NO_BAR):
         done[architecture] = measure(architecture, data, sources, settings)
         with open(folder / "nas.jsonl", "ab") as file:  # one write a line, for all processes
             file.write((json.dumps(done[architecture], allow_nan=False) + "\n").encode())
