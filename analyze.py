@@ -296,7 +296,8 @@ def new_figure(config, height, *grid, title="", **options):
     figure = Figure(figsize=(6.4, height), layout="constrained")
     budget = f"{config.inner_steps} inner steps x {config.batch_size} images"
     remark = ", transductive" if config.normalization == "batch" else ""
-    figure.suptitle(f"{config.name}: {config.dataset}, {budget}{remark}{title}", size=11)
+    dataset = Path(config.dataset).name
+    figure.suptitle(f"{config.name}: {dataset}, {budget}{remark}{title}", size=11)
     return figure, figure.subplots(*grid, **options)
 
 
@@ -489,7 +490,8 @@ def draw_images(run):
     sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     height, width, channels = sheet.shape
     title = f"\n{config.condition}, seed {config.seed}"
-    figure, axes = new_figure(config, 5 * height / width + 0.9, title=title)
+    inches = min(5 / width, 10 / height)  # for a pixel
+    figure, axes = new_figure(config, height * inches + 0.9, title=title)
     figure.set_layout_engine("compressed")  # for axes of a fixed shape
     sharp = {"interpolation": "nearest"}  # pixels as they are
     if channels == 1:
@@ -500,7 +502,9 @@ def draw_images(run):
         pixels = sheet * run.teacher["std"] + run.teacher["mean"]
         axes.imshow(pixels.clamp(0, 1).nan_to_num(1).numpy(), **sharp)
     same = (labels == labels[0]).all()  # real images have other labels in every batch
-    axes.set_xticks((np.arange(N) + 0.5) * width / N, labels[0].tolist() if same else [""] * N)
+    legible = width * inches / N > 0.09 * len(str(labels.max().item()))
+    texts = labels[0].tolist() if same and legible else [""] * N
+    axes.set_xticks((np.arange(N) + 0.5) * width / N, texts)
     axes.set_yticks((np.arange(T) + 0.5) * height / T, steps + 1)
     axes.set(xlabel="label" if same else "sorted by label", ylabel="inner step")
     axes.grid(visible=False)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import io
@@ -36,8 +37,6 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-CLASSES = 10
-FORMAT = 1  # of the files that a run leaves
 TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # how many there are
@@ -82,7 +81,12 @@ class Config:
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
     order: str = setting("in order", "of the images, drawn anew for every learner", choices=ORDERS)
     seed: int = setting(0, "fixes everything on a CPU", low=0, high=2**31 - 1)
-    dataset: str = setting("mnist", "real images", choices=(*DATASETS, "glyphs"))
+    dataset: str = setting(
+        "mnist",
+        "real images; a file holds train_images [N, H, W] or [N, H, W, C] uint8, train_labels [N], "
+        "test_images, test_labels and, if you like, val_images, val_labels",
+        choices=(*DATASETS, "glyphs", "*.npz"),
+    )
     # curriculum and teacher
     inner_steps: int = setting(20, "T, SGD steps of a learner; earlier run: 20 or 10; paper: 32")
     batch_size: int = setting(
@@ -154,7 +158,8 @@ TEACHER, TEST_LEARNERS, CURRICULUM, META_TRAINING = range(4)
 SHORT_TRAINING, FULL_TRAINING, ARCHITECTURES, TUNING, BOOTSTRAP = range(4, 9)
 
 Split = namedtuple("Split", "images labels")  # [N, C, H, W] float, normalized; [N] int64
-Data = namedtuple("Data", "train validation test mean std")  # mean and std [C] of pixels in 0..1
+# mean and std [C] of pixels in 0..1; the SHA-256 of a file
+Data = namedtuple("Data", "train validation test mean std classes sha256", defaults=[10, None])
 
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif
 DejaVuSerif-Bold STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10
@@ -184,9 +189,9 @@ def draw_glyph(font, digit):
 
 def draw_glyphs(count, fonts, seed):
     """Distorted, noisy digits: images [count, 1, 28, 28] in 0..1 and labels [count]."""
-    glyphs = {(font, digit): draw_glyph(font, digit) for font in fonts for digit in range(CLASSES)}
+    glyphs = {(font, digit): draw_glyph(font, digit) for font in fonts for digit in range(10)}
     distort = transforms.RandomAffine(degrees=15, translate=(0.04, 0.04), scale=(0.85, 1.1))
-    labels = torch.arange(count) % CLASSES
+    labels = torch.arange(count) % 10
     with seeded(seed):
         chosen = [(fonts[torch.randint(len(fonts), ())], label) for label in labels.tolist()]
         images = np.stack([distort(glyphs[font_and_digit]) for font_and_digit in chosen])
@@ -195,49 +200,92 @@ def draw_glyphs(count, fonts, seed):
     return images.clamp(0, 1), labels
 
 
-def download(dataset, folder, training):
-    """Images [N, C, H, W] in 0..1 and labels [N] of a data set of torchvision."""
+def to_tensors(images, labels):
+    """Images [N, C, H, W] in 0..1 and labels [N], of arrays [N, H, W] or [N, H, W, C], and [N].
+
+    Raises ValueError for arrays that cannot be used.
+    """
+    images = np.asarray(images)
+    labels = np.asarray(labels)
+    N, *sides = images.shape[:3]
+    channels = images.shape[3:]
+    if images.dtype != np.uint8 or images.ndim < 3 or channels not in ((), (1,), (3,)):
+        raise ValueError("images must be uint8 of 1 or 3 channels, [N, H, W] or [N, H, W, C]")
+    fitting = [min(max(4 * round(side / 4), 8), 128) for side in sides]
+    if sides != fitting:
+        must_be = "images must have sides of 8 to 128 pixels, multiples of 4"
+        raise ValueError("{}: {} x {} would do".format(must_be, *fitting))
+    if N == 0 or labels.dtype.kind not in "iu" or labels.shape not in ((N,), (N, 1)):
+        raise ValueError(f"labels must be {N:,} whole numbers, one for each image")
+    images = torch.from_numpy(images).float() / 255
+    images = images.permute(0, 3, 1, 2) if channels else images[:, None]
+    return images, torch.from_numpy(labels.astype(np.int64).reshape(N))
+
+
+def download(dataset, folder):
+    """Parts (images, labels) of a data set of torchvision: training and test."""
     name = DATASETS[dataset]
     place = Path(folder, "cifar-10-batches-py" if dataset == "cifar10" else f"{name}/raw")
     missing = [path for path in (place, *place.parents) if not path.exists()]
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            part = getattr(datasets, name)(folder, train=training, download=True)
-        images = torch.as_tensor(part.data).float() / 255
-        labels = torch.as_tensor(part.targets)
-        if len(images) != len(labels) or labels.amin() < 0 or labels.amax() >= CLASSES:
-            raise ValueError(f"labels must be {len(images):,} from 0 to {CLASSES - 1}")
-    except Exception as error:  # offline, damaged files, ...: the remedy is the same
-        if out_of_memory(error):
-            raise
+        with reading(place), contextlib.redirect_stdout(io.StringIO()):
+            load = functools.partial(getattr(datasets, name), folder, download=True)
+            parts = [load(train=training) for training in (True, False)]
+            return [to_tensors(part.data, part.targets) for part in parts]
+    except InputError as error:
         for made in missing:
             with contextlib.suppress(OSError):
                 made.rmdir()
-        problem = f"no whole {name} in {place}, and no download of it"
-        reason = " ".join(str(error).split())[:150]
         advice = "put its files there, or choose --data DIR or --config quick"
-        raise InputError(f"{problem} ({reason}): {advice}") from None
-    return images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None], labels
+        raise InputError(f"{error}: {advice}") from None
+
+
+def read_npz(path):
+    """Parts (images, labels) of a file: training, validation if it has any, test."""
+    with reading(path), np.load(path) as file:  # executes nothing
+        names = [x for x in ("train", "val", "test") if x != "val" or "val_images" in file]
+        parts = [to_tensors(file[f"{name}_images"], file[f"{name}_labels"]) for name in names]
+    if len(parts) == 2:
+        with seeded(0):
+            order = torch.randperm(len(parts[0][1]))
+        parts[0] = [x[order] for x in parts[0]]
+    return parts
 
 
 def load_data(dataset, folder, device):
-    """The Data of a data set. Raises InputError if its files cannot be had."""
+    """The Data of a data set. Raises InputError if its files cannot be had, or used."""
+    validation_size = 10_000
+    sha256 = None
     if dataset == "glyphs":  # half of the test images are in fonts that are not trained on
         validation_size = 4_000
-        images, labels = draw_glyphs(20_000, FONTS[:10], 0)
-        test = draw_glyphs(5_000, FONTS[:6] + FONTS[10:], 1)
+        parts = [draw_glyphs(20_000, FONTS[:10], 0)]
+        parts.append(draw_glyphs(5_000, FONTS[:6] + FONTS[10:], 1))
+    elif dataset in DATASETS:
+        parts = download(dataset, folder)
     else:
-        validation_size = 10_000
-        images, labels = download(dataset, folder, training=True)
-        test = download(dataset, folder, training=False)
-    count = len(images) - validation_size
-    std, mean = torch.std_mean(images[:count], dim=(0, 2, 3))
-    parts = (images[:count], labels[:count]), (images[count:], labels[count:]), test
+        path = Path(dataset)
+        parts = read_npz(path)
+        validation_size = math.ceil(len(parts[0][1]) / 6)
+        sha256 = sha256_of(path)
+    if len(parts) == 2:  # the last images for training are kept for validation
+        (images, labels), test = parts
+        count = len(images) - validation_size
+        parts = (images[:count], labels[:count]), (images[count:], labels[count:]), test
+    images, labels = parts[0]
+    classes = len(labels.unique())
+    if classes not in range(2, 1001) or not all(
+        0 <= labels.amin() <= labels.amax() < classes for _, labels in parts
+    ):
+        must_be = "labels must be 0 to K - 1, each met in training, of K = 2 to 1,000 classes"
+        raise InputError(f"{dataset}: {must_be}")
+    std, mean = torch.std_mean(images, dim=(0, 2, 3))
+    if std.amin() == 0 or len({images.shape[1:] for images, _ in parts}) > 1:
+        raise InputError(f"{dataset}: images must be of one size, and not all the same")
     splits = []
     for images, labels in parts:
         images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         splits.append(Split(images.to(device), labels.to(device)))
-    return Data(*splits, mean.to(device), std.to(device))
+    return Data(*splits, mean.to(device), std.to(device), classes, sha256)
 
 
 def sample(split, *shape):
@@ -272,8 +320,8 @@ class Curriculum(namedtuple("Curriculum", "images labels lr momentum")):
         return self._replace(images=rearrange(self.images), labels=rearrange(self.labels))
 
 
-def make_generator(config, image_shape):
-    """From latent input and one-hot label [B, latent + 10] to images in -1..1 [B, C, H, W].
+def make_generator(config, image_shape, classes):
+    """From latent input and one-hot label [B, latent + K] to images in -1..1 [B, C, H, W].
 
     Paper, section 3.1; batch statistics are those of one inner step.
     """
@@ -282,7 +330,7 @@ def make_generator(config, image_shape):
     half = max(1, filters // 2)
     stateless = {"track_running_stats": False}
     return nn.Sequential(
-        nn.Linear(config.latent_size + CLASSES, config.hidden_size, bias=False),
+        nn.Linear(config.latent_size + classes, config.hidden_size, bias=False),
         nn.BatchNorm1d(config.hidden_size, **stateless),
         nn.LeakyReLU(0.1),
         nn.Linear(config.hidden_size, filters * (height // 4) * (width // 4)),
@@ -304,9 +352,10 @@ class Teacher(nn.Module):
     Makes a differentiable Curriculum; only the variant `real` reads the data.
     """
 
-    def __init__(self, config, image_shape):
+    def __init__(self, config, image_shape, classes):
         super().__init__()
         self.config = config
+        self.classes = classes
         T = config.inner_steps
         B = config.batch_size
         # a logarithm keeps the learning rate positive, a logit the momentum within (0, 1)
@@ -315,7 +364,7 @@ class Teacher(nn.Module):
         if config.variant == "pixels":
             self.images = nn.Parameter(torch.randn(T, B, *image_shape))
         elif config.variant != "real":
-            self.generator = make_generator(config, image_shape)
+            self.generator = make_generator(config, image_shape, classes)
             if config.variant != "random":
                 learned = config.variant == "learned"
                 latent = torch.randn(T, B, config.latent_size)
@@ -329,16 +378,18 @@ class Teacher(nn.Module):
         momentum = self.logit_momentum.sigmoid()
         if config.variant == "real":
             return Curriculum(*sample(data.train, T, B), lr, momentum)
-        # a batch too small for every class begins where the one before it ended
-        starts = torch.arange(T, device=lr.device)[:, None] * (B if B < CLASSES else 0)
-        labels = (starts + torch.arange(B, device=lr.device)) % CLASSES
+        # a batch too small for all classes goes on where the one before it ended
+        labels = torch.arange(T * B, device=lr.device).view(T, B)
+        if self.classes <= B:
+            labels = labels[:1].expand(T, B)
+        labels = labels % self.classes
         if config.variant == "pixels":
             return Curriculum(self.images, labels, lr, momentum)
         if config.variant == "random":
             latent = lr.new_empty(T, B, config.latent_size).normal_()
         else:
             latent = self.latent
-        inputs = torch.cat([latent, F.one_hot(labels, CLASSES).to(latent)], 2)
+        inputs = torch.cat([latent, F.one_hot(labels, self.classes).to(latent)], 2)
         make = self.generator
         if config.flat:  # keep no graph, and make the images once more for their gradient
             options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -350,7 +401,9 @@ class Teacher(nn.Module):
 # ---- learner ----
 
 
-Architecture = namedtuple("Architecture", "filters kernels pooling normalization hidden_units")
+Architecture = namedtuple(
+    "Architecture", "filters kernels pooling normalization hidden_units classes", defaults=[10]
+)
 
 
 class MaxPool(nn.Module):
@@ -362,7 +415,7 @@ class MaxPool(nn.Module):
 
 
 def make_learner(architecture, image_shape):
-    """The learner, from images [N, C, H, W] to logits [N, 10]: change it here.
+    """The learner, from images [N, C, H, W] to logits [N, K]: change it here.
 
     Any module without running state will do.
     """
@@ -385,7 +438,7 @@ def make_learner(architecture, image_shape):
         nn.init.zeros_(hidden.bias)
         layers += [hidden, nn.LeakyReLU()]
         features = architecture.hidden_units
-    head = nn.Linear(features, CLASSES)
+    head = nn.Linear(features, architecture.classes)
     nn.init.zeros_(head.weight)  # Kaiming's cost 2 points (results/NOTES.md)
     nn.init.zeros_(head.bias)
     return nn.Sequential(*layers, head)
@@ -429,7 +482,7 @@ def to_parameters(theta, learner):
 
 
 def logits(theta, images, architecture):
-    """Logits [N, 10] of the learner with parameters theta [P] for images [N, C, H, W]."""
+    """Logits [N, K] of the learner with parameters theta [P] for images [N, C, H, W]."""
     learner = blueprint(architecture, images.shape[1:])
     return torch.func.functional_call(learner, to_parameters(theta, learner), images)
 
@@ -544,8 +597,8 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
 OuterStep = namedtuple("OuterStep", "meta_loss gradient_norm")
 
 
-def sample_architecture(config):
-    """A random Architecture of the config's search space."""
+def sample_architecture(config, classes):
+    """A random Architecture of the config's search space, for so many classes."""
 
     def choose(options):
         return options[int(torch.randint(len(options), ()))] if len(options) > 1 else options[0]
@@ -556,13 +609,14 @@ def sample_architecture(config):
     filters = tuple(choose(range(f[0], f[1] + 1)) if type(f) is tuple else f for f in blocks)
     kernels = tuple(choose(config.kernels) for _ in blocks)
     pooling = choose(config.pooling)
-    return Architecture(filters, kernels, pooling, config.normalization, config.hidden_units)
+    rest = config.normalization, config.hidden_units, classes
+    return Architecture(filters, kernels, pooling, *rest)
 
 
-def check_depth(config, image_shape):
+def check_depth(config, data):
     """Raises InputError if images are too small for all blocks."""
     all_blocks = dataclasses.replace(config, least_blocks=0)  # 0: always all
-    blueprint(sample_architecture(all_blocks), image_shape)
+    blueprint(sample_architecture(all_blocks, data.classes), data.train.images.shape[1:])
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
@@ -596,7 +650,7 @@ def outer_step(teacher, optimizer, data, step, replay=None):
     meta_loss = 0
     for k in range(RANK * learners, (RANK + 1) * learners):
         with seeded(config.seed, META_TRAINING, step, k):
-            architecture = sample_architecture(config)
+            architecture = sample_architecture(config, data.classes)
             theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
             add = replay or functools.partial(add_meta_gradient, teacher, data, architecture)
             meta_loss = meta_loss + add(theta)
@@ -617,7 +671,7 @@ def cuda_graph_possible(config):
 
 def capture_graph(teacher, data):
     """`add_meta_gradient` as one CUDA graph: a function of theta_0; draws follow `seeded`."""
-    architecture = sample_architecture(teacher.config)
+    architecture = sample_architecture(teacher.config, data.classes)
     theta = init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
@@ -660,7 +714,7 @@ def evaluate(teacher, data, split, learners, order=None, every_step=False):
     share = range(RANK, learners, WORLD)
     for k in tqdm(share, order, leave=False, delay=10, disable=NO_BAR):
         with seeded(config.seed, TEST_LEARNERS, k), torch.no_grad():
-            architecture = sample_architecture(config)
+            architecture = sample_architecture(config, data.classes)
             theta = init_learner(architecture, split.images.shape[1:]).to(data.mean)
             curriculum = teacher(data).shuffled(order)
         _, *states = unroll(theta, curriculum, architecture)
@@ -709,7 +763,13 @@ def reading(path):
     except Exception as error:
         reason = " ".join(str(error).split(". ")[0].split())[:150]
         reason = f"{type(error).__name__}: {reason}"
-        raise InputError(f"cannot read {path}: missing or damaged ({reason})") from None
+        raise InputError(f"cannot read {path} ({reason})") from None
+
+
+def sha256_of(path):
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path):
@@ -722,8 +782,6 @@ def read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
         if zipfile.ZipFile(path).testzip():
             raise ValueError("other bytes than were written")
-        if content["format"] != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
         return content
 
 
@@ -736,10 +794,10 @@ def write(path, content):
         return
     if path.suffix == ".pt":
         buffer = io.BytesIO()
-        torch.save({"format": FORMAT, **content}, buffer)
+        torch.save(content, buffer)
         content = buffer.getvalue()
     elif path.suffix == ".json":
-        text = json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False)
+        text = json.dumps(content, indent=1, allow_nan=False)
         content = f"{text}\n".encode()
     elif path.suffix == ".jsonl":
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in content).encode()
@@ -786,14 +844,14 @@ def read_teacher(path, device="cpu", data=None):
         curriculum = Curriculum(**content["curriculum"])
         image_shape = curriculum.images.shape[2:]
         with torch.device("meta"):  # the file's own tensors come in
-            teacher = Teacher(config, image_shape)
+            teacher = Teacher(config, image_shape, content.get("classes", 10))
         teacher.load_state_dict(content["teacher"], assign=True)
         T, B = config.inner_steps, config.batch_size
         channels = image_shape[:1]
         expected = [(T, B, *image_shape), (T, B), (T,), (T,), channels, channels]
         tensors = [*curriculum, content["mean"], content["std"]]
         floats = [*teacher.state_dict().values(), *tensors[:1], *tensors[2:]]  # not the labels
-        F.one_hot(curriculum.labels, CLASSES)  # raises an error if these are no labels
+        F.one_hot(curriculum.labels, teacher.classes)  # raises an error if these are no labels
         if (
             [x.shape for x in tensors] != expected
             or not all(x.dtype == torch.float32 and x.isfinite().all() for x in floats)
@@ -801,8 +859,10 @@ def read_teacher(path, device="cpu", data=None):
         ):
             raise ValueError("step or tensors do not fit the config")
     if data:
+        here = data.train.images.shape[1:], data.classes, data.sha256
+        there = image_shape, teacher.classes, content.get("data_sha256")
         pixels = torch.stack([content["mean"] - data.mean.cpu(), content["std"] - data.std.cpu()])
-        if data.train.images.shape[1:] != image_shape or pixels.abs().max() > 1e-3:
+        if here != there or pixels.abs().max() > 1e-3:
             images = f"other images than this {config.dataset}"
             raise InputError(f"{path} was trained on {images}: see --data")
     curriculum = Curriculum(*(x.to(device) for x in curriculum))
@@ -835,7 +895,12 @@ def begin(config, data, folder, resume, init=None):
     A new run starts from the phi of the teacher in the file `init`, if there is one.
     """
     image_shape = data.train.images.shape[1:]
-    check_depth(config, image_shape)
+    check_depth(config, data)
+    size = len(data.train.labels)
+    if config.meta_batch_size > size:
+        raise InputError(f"meta_batch_size: must be at most {size:,}, all images for training")
+    if config.inner_steps * config.batch_size < data.classes:
+        raise InputError(f"batch_size: inner steps must show {data.classes} classes")
     if RANK == 0:
         refuse_other_run(config, folder, resume)
     content = {"step": 0, "log": []}
@@ -845,7 +910,7 @@ def begin(config, data, folder, resume, init=None):
         teacher.config = config
     else:
         with seeded(config.seed, TEACHER):
-            teacher = Teacher(config, image_shape).to(data.mean.device)
+            teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
         if init:
             phi = read_teacher(init)[0].state_dict()
             try:
@@ -867,14 +932,7 @@ def refuse_other_run(config, folder, resume):
     elsewhere = "choose another --runs, or --set name=NAME"
     names = "config.json", "checkpoint.pt", "teacher.pt", "log.jsonl", "evaluation.json"
     present = [name for name in names if (folder / name).exists()]
-    log = folder / "log.jsonl"
-    if (
-        "checkpoint.pt" not in present
-        and log.exists()
-        and not any(x.get("step") for x in read(log))
-    ):
-        return  # killed while it saved for the first time, the log before the rest
-    if present in ([], ["config.json"]):
+    if present in ([], ["config.json"]):  # the second: killed before the first checkpoint
         return
     for name in ("config.json", "checkpoint.pt"):
         if name not in present:
@@ -904,12 +962,14 @@ def save(folder, teacher, optimizer, data, step, log):
         "seconds": log[-1]["seconds"],
         "teacher": {name: x.cpu() for name, x in teacher.state_dict().items()},
         "curriculum": {name: x.cpu().clone() for name, x in curriculum.items()},
+        "classes": data.classes,
+        "data_sha256": data.sha256,
         "mean": data.mean.cpu(),
         "std": data.std.cpu(),
     }
-    write(folder / "log.jsonl", log)
-    write(folder / "teacher.pt", content)
     write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
+    write(folder / "teacher.pt", content)
+    write(folder / "log.jsonl", log)
 
 
 def validate(teacher, data):
@@ -942,9 +1002,9 @@ def train(config, data, folder, resume=False, init=None):
         log.append(log_line("resume" if log else "start", step, started, environment=origin))
         if len(log) == 1:
             about = {"config": dataclasses.asdict(config), "environment": origin}
-            write(folder / "config.json", about)
+            write(folder / "config.json", about | {"data_sha256": data.sha256})
             log.append(log_line("validation", step, started, **validate(teacher, data)))
-            save(folder, teacher, optimizer, data, step, log)
+        save(folder, teacher, optimizer, data, step, log)
         saved = time.monotonic()
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
@@ -980,7 +1040,7 @@ def evaluate_file(path, learners, data, device):
     output = path.with_name(name)
     result = {"config": dataclasses.asdict(config), "environment": environment(device)}
     result["step"] = content["step"]
-    result["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    result["sha256"] = sha256_of(path)
     rows = {}
     if output.exists():
         there = read(output)
@@ -1019,7 +1079,8 @@ def requirement(field):
 def is_allowed(value, example, about):
     """Whether a value has the example's type and is within a setting's bounds or choices."""
     if about["choices"]:
-        return type(value) is type(example) and value in about["choices"]
+        listed = any(fnmatch.fnmatch(str(value), str(x)) for x in about["choices"])
+        return listed and type(value) is type(example)
     if type(example) is str:
         return type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value)
     if type(value) is tuple:  # [low, high]
@@ -1101,8 +1162,6 @@ def out_of_memory(error):
 def run(program, command, arguments):
     """Exit status of command(arguments); an error that the user can fix is one line, and 2."""
     try:
-        if not TORCHRUN and {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys():
-            raise InputError("RANK, LOCAL_RANK, WORLD_SIZE: unset them, or start with torchrun")
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend)

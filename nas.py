@@ -15,7 +15,6 @@ Test accuracy is reported, and never used for selection.
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ def sizes(architecture, image_shape):
     return dict(zip(SIZES, (parameters, counter.get_total_flops() // 2), strict=True))
 
 
-def sample_architectures(space, count, *key):
+def sample_architectures(space, classes, count, *key):
     """`count` distinct Architectures of the space of a Config.
 
     The key fixes them, and a longer list begins with a shorter one. Raises InputError if there
@@ -54,7 +53,7 @@ def sample_architectures(space, count, *key):
     repeated = 0
     with gtn.seeded(*key):
         while len(sampled) < count and repeated < 10_000:
-            architecture = gtn.sample_architecture(space)
+            architecture = gtn.sample_architecture(space, classes)
             repeated = repeated + 1 if architecture in sampled else 0
             sampled[architecture] = None
     if len(sampled) < count:
@@ -131,7 +130,7 @@ def tune_control(space, config, data, settings):
     """{"lr", "momentum", "grid", "seconds"}: the best of a grid on 4 other architectures."""
     started = time.perf_counter()
     seed = settings["seed"]
-    others = sample_architectures(space, 4, seed, gtn.TUNING)
+    others = sample_architectures(space, data.classes, 4, seed, gtn.TUNING)
     grid = []
     pairs = [*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))]
     for lr, momentum in tqdm(pairs, "control's grid", disable=None):
@@ -402,10 +401,10 @@ def begin(folder, settings, resume, space, config, data):
 
 def describe(args, content, config, space, device):
     """What search.json says of a search, as JSON has it."""
-    fields = [*gtn.Architecture._fields, "name", "least_blocks"]
+    fields = "filters kernels pooling normalization hidden_units name least_blocks".split()
     settings = {
         "teacher": str(args.teacher),
-        "sha256": hashlib.sha256(args.teacher.read_bytes()).hexdigest(),
+        "sha256": gtn.sha256_of(args.teacher),
         "teacher_seconds": content.get("seconds"),
         "config": vars(config),
         "seed": args.seed,
@@ -435,8 +434,9 @@ def search(args, device):
     teacher, content = gtn.read_teacher(args.teacher, device, data)
     config = teacher.config
     space = gtn.make_config(args.space) if args.space else config
-    gtn.check_depth(space, data.train.images.shape[1:])
-    architectures = sample_architectures(space, args.architectures, args.seed, gtn.ARCHITECTURES)
+    gtn.check_depth(space, data)
+    key = args.seed, gtn.ARCHITECTURES
+    architectures = sample_architectures(space, data.classes, args.architectures, *key)
     settings = describe(args, content, config, space, device)
     folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{args.seed}")
     with gtn.locked(folder):

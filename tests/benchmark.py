@@ -72,7 +72,7 @@ def make_step(method, config, device, dtype=torch.float32):
         split = gtn.Split(
             torch.randn(2000, *IMAGE_SHAPE).to(device, dtype), torch.randint(10, (2000,)).to(device)
         )
-        teacher = gtn.Teacher(config, IMAGE_SHAPE)
+        teacher = gtn.Teacher(config, IMAGE_SHAPE, 10)
         teacher.log_lr.data += 0.1 * torch.randn_like(
             teacher.log_lr
         )  # no two inner steps are alike

@@ -44,8 +44,8 @@ def tiny(normalization="instance", **changes):
     ]
     one = torch.ones(1, dtype=torch.float64)
     data = gtn.Data(*splits, 0 * one, one)
-    teacher = gtn.Teacher(config, (1, 8, 8)).double()
-    architecture = gtn.sample_architecture(config)
+    teacher = gtn.Teacher(config, (1, 8, 8), 10).double()
+    architecture = gtn.sample_architecture(config, 10)
     theta = gtn.init_learner(architecture, (1, 8, 8)).double()
     theta += 0.1 * torch.randn_like(theta)  # no zeros or ones that would hide a wrong derivative
     losses = [t % config.meta_loss_every == 0 for t in reversed(range(config.inner_steps))]

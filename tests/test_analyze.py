@@ -75,7 +75,7 @@ def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **change
     if teacher:
         torch.manual_seed(seed)
         split, one = gtn.Split(torch.randn(50, 1, 8, 8), torch.arange(50) % 10), torch.ones(1)
-        phi, data = gtn.Teacher(config, (1, 8, 8)), gtn.Data(split, split, split, 0 * one, one)
+        phi, data = gtn.Teacher(config, (1, 8, 8), 10), gtn.Data(split, split, split, 0 * one, one)
         gtn.save(folder, phi, torch.optim.Adam(phi.parameters()), data, steps, log)
     return folder
 

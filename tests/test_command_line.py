@@ -251,60 +251,6 @@ def test_bad_input_through_the_real_command_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("variable", ["RANK=abc", "LOCAL_RANK=x", "WORLD_SIZE=2"])
-def test_what_torchrun_sets_is_refused_without_it(run_gtn, monkeypatch, variable):
-    monkeypatch.setenv(*variable.split("="))
-    status, output, error = run_gtn("--outer-steps", "1")
-    assert (status, output, error.count("\n")) == (2, "", 1)
-    assert "RANK, LOCAL_RANK, WORLD_SIZE: unset them" in error
-
-
-@pytest.mark.parametrize(
-    ("dataset", "place"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")]
-)
-def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset, place):
-    def offline(*_, **__):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    where = [
-        "--set",
-        f"dataset={dataset}",
-        "--data",
-        str(tmp_path / "mistyped" / "data"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    status = gtn.run("gtn.py", gtn.main, ["--config", "A", *where])
-    error = capsys.readouterr().err
-    assert (status, error.count("\n")) == (2, 1), error
-    for remedy in (str(tmp_path / "mistyped" / "data" / place), "--data", "--config quick"):
-        assert remedy in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_memory_for_the_data(monkeypatch, capsys):
-    def exhausted(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", exhausted)
-    status = gtn.run("gtn.py", gtn.main, ["--config", "A"])
-    error = capsys.readouterr().err
-    assert (status, error.count("\n")) == (2, 1)
-    assert "out of memory" in error
-
-
-@pytest.mark.parametrize("labels", [[11, 0], [-1, 0], [0]])
-def test_labels_that_are_none(labels, monkeypatch):
-    class MNIST:
-        def __init__(self, folder, train, download):
-            self.data, self.targets = torch.zeros(2, 28, 28), torch.tensor(labels)
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", MNIST)
-    with pytest.raises(gtn.InputError, match="labels must be 2 from 0 to 9"):
-        gtn.load_data("mnist", "nowhere", torch.device("cpu"))
-
-
 def test_a_malformed_setting_is_an_input_error():
     """Every field with every value: a valid Config, or an error of one line."""
     values = [

@@ -259,7 +259,7 @@ def test_the_shipped_initialisation():
 def test_sampled_learners_are_of_their_size():
     torch.manual_seed(0)
     config = gtn.Config(filters=((32, 63), (64, 127)))
-    pairs = [gtn.sample_architecture(config).filters for _ in range(600)]
+    pairs = [gtn.sample_architecture(config, 10).filters for _ in range(600)]
     first, second = zip(*pairs, strict=True)
     assert (min(first), max(first), min(second), max(second)) == (32, 63, 64, 127)  # both ends
     architecture = gtn.Architecture((5, 7), (3, 3), "max", "instance", 0)
@@ -291,7 +291,7 @@ def test_a_cuda_graph_is_of_one_architecture(settings, possible):
     config = gtn.Config(**settings)
     assert gtn.cuda_graph_possible(config) == possible
     torch.manual_seed(0)
-    assert possible == (len({gtn.sample_architecture(config) for _ in range(20)}) == 1)
+    assert possible == (len({gtn.sample_architecture(config, 10) for _ in range(20)}) == 1)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -353,7 +353,7 @@ def test_learners_of_an_outer_step_are_averaged():
     for k in range(2):
         optimizer.zero_grad()
         with gtn.seeded(teacher.config.seed, gtn.META_TRAINING, 5, k):
-            architecture = gtn.sample_architecture(teacher.config)
+            architecture = gtn.sample_architecture(teacher.config, 10)
             theta = gtn.init_learner(architecture, (1, 8, 8)).double()
             losses.append(gtn.add_meta_gradient(teacher, data, architecture, theta).item())
         singles.append([p.grad.clone() for p in teacher.parameters()])
@@ -470,7 +470,7 @@ def test_evaluation_by_hand(normalization, order):
     teacher, data, *_ = tiny(normalization, order=order)
     row = gtn.evaluate(teacher, data, gtn.first(data.test, 30), 1, every_step=True)
     with gtn.seeded(teacher.config.seed, gtn.TEST_LEARNERS, 0), torch.no_grad():
-        architecture = gtn.sample_architecture(teacher.config)
+        architecture = gtn.sample_architecture(teacher.config, 10)
         theta = gtn.init_learner(architecture, (1, 8, 8)).double()
         curriculum = teacher(data).shuffled(order)
     _, *states = gtn.unroll(theta, curriculum, architecture)

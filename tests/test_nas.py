@@ -129,7 +129,7 @@ def test_sizes_by_hand_and_of_a_real_forward():
     several = gtn.Config(
         filters=((4, 30),) * 3, least_blocks=1, kernels=(3, 5), pooling=("max", "average")
     )
-    for architecture in nas.sample_architectures(several, 6, 0):
+    for architecture in nas.sample_architectures(several, 10, 6, 0):
         theta, found = (
             gtn.init_learner(architecture, (3, 30, 22)),
             nas.sizes(architecture, (3, 30, 22)),
@@ -144,12 +144,12 @@ def test_sizes_by_hand_and_of_a_real_forward():
 
 def test_architectures_are_distinct_and_a_longer_list_begins_with_a_shorter_one():
     config = gtn.Config(name="small", filters=((1, 8), (1, 8)))
-    every = nas.sample_architectures(config, 64, 3)
+    every = nas.sample_architectures(config, 10, 64, 3)
     assert len(set(every)) == 64  # the whole space
-    assert nas.sample_architectures(config, 5, 3) == every[:5]
-    assert nas.sample_architectures(config, 5, 4) != every[:5]
+    assert nas.sample_architectures(config, 10, 5, 3) == every[:5]
+    assert nas.sample_architectures(config, 10, 5, 4) != every[:5]
     with pytest.raises(gtn.InputError, match="100000: the space of small has 64"):
-        nas.sample_architectures(config, 100_000, 3)
+        nas.sample_architectures(config, 10, 100_000, 3)
 
 
 def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
