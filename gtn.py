@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 from torchvision import datasets, transforms
 from tqdm import tqdm
@@ -59,10 +60,11 @@ DATASETS = {  # torchvision's names
     "kmnist": "KMNIST",
     "cifar10": "CIFAR10",
 }
-NORMALIZATIONS = {  # of the learner
+NORMALIZATIONS = {  # of the learner's activations; "weight" is of weights instead
     "instance": lambda filters: nn.GroupNorm(filters, filters),
     "layer": lambda filters: nn.GroupNorm(1, filters),
     "batch": lambda filters: nn.BatchNorm2d(filters, track_running_stats=False),
+    "weight": lambda filters: nn.Identity(),
     "none": lambda filters: nn.Identity(),
 }
 
@@ -414,6 +416,22 @@ class MaxPool(nn.Module):
         return x.flatten(2).gather(2, index.flatten(2)).view_as(index)
 
 
+class WeightNorm(nn.Module):
+    """Weights g v / |v|, with |v| of each output channel (paper, section 3.1).
+
+    Written out, because PyTorch's weight_norm has a wrong second derivative on a CPU
+    (results/NOTES.md).
+    """
+
+    def __init__(self, v):
+        super().__init__()
+        self.g = nn.Parameter(v.detach().flatten(1).norm(dim=1))
+
+    def forward(self, v):
+        scale = self.g / v.flatten(1).norm(dim=1)
+        return v * scale.view(-1, *[1] * (v.dim() - 1))
+
+
 def make_learner(architecture, image_shape):
     """The learner, from images [N, C, H, W] to logits [N, K]: change it here.
 
@@ -438,10 +456,15 @@ def make_learner(architecture, image_shape):
         nn.init.zeros_(hidden.bias)
         layers += [hidden, nn.LeakyReLU()]
         features = architecture.hidden_units
-    head = nn.Linear(features, architecture.classes)
-    nn.init.zeros_(head.weight)  # Kaiming's cost 2 points (results/NOTES.md)
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(*layers, head)
+    layers.append(nn.Linear(features, architecture.classes))
+    nn.init.zeros_(layers[-1].weight)  # Kaiming's cost 2 points (results/NOTES.md)
+    nn.init.zeros_(layers[-1].bias)
+    if architecture.normalization == "weight":
+        nn.init.kaiming_normal_(layers[-1].weight)  # a weight of 0 has no direction
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                register_parametrization(layer, "weight", WeightNorm(layer.weight))
+    return nn.Sequential(*layers)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 
 import benchmark
 import pytest
@@ -224,21 +225,30 @@ def test_the_shipped_learner(normalization, pooling):
     theta = gtn.init_learner(architecture, (2, 16, 12)).double()
     theta += 0.1 * torch.randn_like(theta)
     module = as_module(theta, architecture, (2, 16, 12))
-    weights = iter(module.parameters())
+    named = dict(module.named_parameters())
     images = torch.randn(6, 2, 16, 12, dtype=torch.float64)
+
+    def weight_and_bias(layer):
+        bias = named.pop(f"{layer}.bias", None)
+        if normalization != "weight":
+            return named.pop(f"{layer}.weight"), bias
+        name = f"{layer}.parametrizations.weight"
+        pairs = zip(named.pop(f"{name}.0.g"), named.pop(f"{name}.original"), strict=True)
+        return torch.stack([g * v / v.square().sum().sqrt() for g, v in pairs]), bias
+
     x = images
-    for filters, kernel in ((4, 3), (6, 5)):
-        x = F.conv2d(x, next(weights), padding=kernel // 2)
+    for layer, filters, kernel in ((0, 4, 3), (4, 6, 5)):
+        x = F.conv2d(x, *weight_and_bias(layer), padding=kernel // 2)
         x = F.max_pool2d(x, 2) if pooling == "max" else F.avg_pool2d(x, 2)
-        if normalization != "none":
+        if normalization not in ("weight", "none"):
             dims = {"instance": (2, 3), "layer": (1, 2, 3), "batch": (0, 2, 3)}[normalization]
             variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-            scale, shift = (next(weights).view(filters, 1, 1) for _ in range(2))
+            scale, shift = (p.view(filters, 1, 1) for p in weight_and_bias(layer + 2))
             x = (x - mean) / (variance + 1e-5).sqrt() * scale + shift
         x = F.leaky_relu(x, 0.01)
-    x = F.leaky_relu(F.linear(x.flatten(1), next(weights), next(weights)), 0.01)
-    x = F.linear(x, next(weights), next(weights))
-    assert next(weights, None) is None
+    x = F.leaky_relu(F.linear(x.flatten(1), *weight_and_bias(9)), 0.01)
+    x = F.linear(x, *weight_and_bias(11))
+    assert not named
     torch.testing.assert_close(gtn.logits(theta, images, architecture), x)
 
 
@@ -254,6 +264,43 @@ def test_the_shipped_initialisation():
     assert scale.eq(1).all()
     assert hidden.var().item() == pytest.approx(2 / (128 * 49), rel=0.02)
     assert all(p.eq(0).all() for p in (shift, zero, weight, bias))
+    learner = gtn.make_learner(architecture._replace(normalization="weight"), (1, 28, 28))
+    for layer, fan_in in ((0, 9), (4, 9 * 64), (9, 128 * 49), (11, 50)):
+        assert learner[layer].weight.var().item() == pytest.approx(2 / fan_in, rel=0.15)
+
+
+def stock_layers():
+    """{type: (layer, its input)} of the modules of which learners and generators are made."""
+    torch.manual_seed(0)
+    found = {}
+    for normalization, pooling in itertools.product(NORMALIZATIONS, ("max", "average")):
+        architecture = gtn.Architecture((2,), (3,), pooling, normalization, 3, classes=3)
+        chains = [(gtn.make_learner(architecture, (1, 8, 8)), torch.randn(3, 1, 8, 8))]
+        config = gtn.Config(latent_size=2, hidden_size=3, generator_filters=2)
+        chains.append((gtn.make_generator(config, (1, 8, 8), 3), torch.randn(3, 5)))
+        for chain, x in chains:
+            x = x.double()
+            for layer in chain.double():
+                groups = getattr(layer, "num_groups", "")  # of GroupNorm: instance or layer
+                found[f"{type(layer).__name__}{groups}"] = layer, x
+                x = layer(x).detach()
+    return found
+
+
+@pytest.mark.parametrize("name", stock_layers())
+def test_second_derivatives_of_every_layer(name):
+    """gradcheck alone passes for PyTorch's own weight_norm, whose second derivative is wrong."""
+    layer, x = stock_layers()[name]
+    named = dict(layer.named_parameters())
+
+    def output(x, *parameters):
+        values = dict(zip(named, parameters, strict=True))
+        return torch.func.functional_call(layer, values, x)
+
+    inputs = [(y + 0.1 * torch.randn_like(y)).detach().requires_grad_() for y in named.values()]
+    x = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(output, (x, *inputs))
+    assert torch.autograd.gradgradcheck(output, (x, *inputs))
 
 
 def test_sampled_learners_are_of_their_size():
