@@ -241,29 +241,6 @@ def result_table(groups):
     return table
 
 
-def order_table(groups):
-    """Rows of text, the header first: the two experiments with orders, never mixed up."""
-    header = ["config", "trained with", "order", "trained in order, tested in this"]
-    table = [[*header, "trained and tested in this", PAPER, EARLIER]]
-    for name, conditions in groups.items():
-        by_order = {(x[0].config.variant, x[0].config.order): x for x in conditions.values()}
-        variants = dict.fromkeys(variant for variant, order in by_order if order != "in order")
-        pairs = [*itertools.product(variants, gtn.ORDERS)]
-        if variants:
-            pairs.append(("random", "in order"))
-        for variant, order in pairs:
-            afterwards = by_order.get((variant, "in order"), [])
-            under = by_order.get((variant, order), [])
-            row = [name, variant, order]
-            for runs in (afterwards, under):
-                learners = [x for test in evaluated(runs, order) for x in test]
-                row.append(gtn.in_words(gtn.summary(learners)) if learners else "-")
-            for source, runs in ((PAPER, under), (EARLIER, afterwards)):
-                row.append(number(known(source, runs[0].config, order) if runs else None))
-            table.append(row)
-    return table
-
-
 # ---- figures ----
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -570,6 +547,25 @@ def draw_worth(axes, search):
     axes.text(free / 2.7, 0.5, "nothing trained", rotation=90, **place)
 
 
+def draw_robustness(content):
+    """Validation errors of many settings for each normalization, from a robustness.json."""
+    errors = content["errors"]
+    figure = Figure(figsize=(6.4, 0.5 * len(errors) + 1), layout="constrained")
+    axes = figure.subplots()
+    options = {"widths": 0.7, "showfliers": False, "orientation": "horizontal"}
+    axes.boxplot([*errors.values()], tick_labels=[*errors], **options)
+    for y, values in enumerate(errors.values(), 1):
+        spread = np.linspace(-0.25, 0.25, len(values))  # points of one setting at one height
+        axes.plot(values, y + spread, "o", color=PALETTE[0], alpha=0.6, markersize=4)
+    logarithmic(axes, axes.xaxis)
+    axes.set(xlabel="validation error")
+    caption = (
+        f"{len(content['settings'])} settings drawn at random, the same for each normalization "
+        "of the learner, one point each (0.9: by chance, or diverged); boxes: median and quartiles."
+    )
+    return figure, caption
+
+
 # ---- pages ----
 
 MADE = "mean +- standard deviation of n learners"  # in every page that was made here
@@ -656,10 +652,21 @@ def run_blocks(name, conditions):
     return blocks
 
 
+def name_of(path, folder):
+    """The name of a file's place below the folder of the runs."""
+    return "-".join(path.parent.relative_to(folder).parts) or folder.resolve().name
+
+
+def robustness_blocks(path, folder):
+    """All that is drawn of a robustness.json."""
+    name = name_of(path, folder)
+    return [("h2", name), image_block(f"{name}-errors", *draw_robustness(gtn.read(path)))]
+
+
 def search_blocks(path, folder):
-    """All that is drawn of a nas.json, named after its place below the folder of the runs."""
+    """All that is drawn of a nas.json."""
     search = gtn.read(path)
-    name = "-".join(path.parent.relative_to(folder).parts) or folder.resolve().name
+    name = name_of(path, folder)
     figure = image_block(f"{name}-ranking", *draw_search(search))
     table = [[METHODS.get(row[0], row[0]), *row[1:]] for row in nas.ranking_table(search)]
     return [("h2", name), ("table", table), figure]
@@ -687,12 +694,14 @@ def main(arguments):
     command = shlex.join(["python", "analyze.py", *arguments])
     made = f"Made by `{command}`; {MADE}."
     blocks = [("h2", "Results"), ("p", made)]
-    for table in (result_table(groups), order_table(groups)):
-        if len(table) > 1:
-            blocks.append(("table", table))
+    table = result_table(groups)
+    if len(table) > 1:
+        blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
+    for path in files_below(folder, "robustness.json"):
+        blocks += attempt(damaged, path, robustness_blocks, folder)
     for path in files_below(folder, "nas.json"):
         blocks += attempt(damaged, path, search_blocks, folder)
     pictures = sum(kind == "img" for kind, *_ in blocks)

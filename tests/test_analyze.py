@@ -192,20 +192,30 @@ def test_teachers_trained_under_an_order(tmp_path):
         if x.get_label() in kinds
     }
     assert [*dashes.values()] == [(x, "#0072B2") for x in ("-", "--", ":")] + [("-", "#009E73")]
-    words = [f"{np.mean(TESTS[order]):.3f} +- 0.141 (2 fresh learners)" for order in gtn.ORDERS]
-    rows = [
-        ["paper", "learned", "in order", words[0], words[0], "0.985", "-"],
-        ["paper", "learned", "batch-shuffled", words[1], words[1], "0.974", "-"],
-        ["paper", "learned", "all-shuffled", words[2], words[2], "0.969", "-"],
-        ["paper", "random", "in order", words[0], words[0], "0.957", "-"],
-    ]
-    assert analyze.order_table({"paper": kinds})[1:] == rows
-    kinds["learned"][0].evaluation["batch-shuffled"] = np.array(
-        [0.25]
-    )  # shuffled afterwards, by this one alone
-    assert analyze.order_table({"paper": kinds})[2][3:5] == ["0.250 (1 fresh learners)", words[1]]
-    del kinds["learned-batch-shuffled"]
-    assert analyze.order_table({"paper": kinds})[2][4:] == ["-", "-", "-"]
+    rows = analyze.result_table({"paper": kinds})[1:]
+    assert ["learned-batch-shuffled", "batch-shuffled", "0.500 +- 0.141"] in [x[1:4] for x in rows]
+    assert {(x[1], x[2]): x[7] for x in rows if x[7] != "-"} == {
+        ("learned", "in order"): "0.985",
+        ("learned-batch-shuffled", "batch-shuffled"): "0.974",
+        ("learned-all-shuffled", "all-shuffled"): "0.969",
+        ("random", "in order"): "0.957",
+    }
+
+
+def test_robustness_figure(tmp_path):
+    errors = {"none": [0.9, 0.1, 0.3], "weight": [0.2, 0.4, 0.6]}
+    content = {"settings": [{}, {}, {}], "errors": errors}
+    gtn.write(tmp_path / "a" / "robustness.json", content)
+    figure, caption = analyze.draw_robustness(content)
+    (axes,) = figure.axes
+    points = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert points == [*errors.values()]
+    vertical = [line.get_xdata().tolist() for line in axes.lines]
+    assert [0.3, 0.3] in vertical  # the medians
+    assert [0.4, 0.4] in vertical
+    assert caption.startswith("3 settings")
+    assert run("--runs", tmp_path, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "a-errors.png").exists()
 
 
 @pytest.mark.parametrize("variant", ["learned", "real"])
