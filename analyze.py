@@ -250,10 +250,10 @@ LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
 METHODS = {
     "teacher": "teacher",
     "control": "real data, same steps",
+    "control_all": "real data, steps of all teachers",
     "parameters": "parameter count",
     "multiply_adds": "multiply-adds",
     "ceiling": "noise ceiling",
-    "corrected": "the same, corrected",
 }
 STYLE = {
     "axes.spines.top": False,
@@ -508,9 +508,9 @@ def draw_search(search):
     origin = search["environment"]
     caption = (
         f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; "
-        "noise ceiling: one against another; corrected: what a method without noise would reach "
-        "against their mean. Hollow: given both sizes. Bars: 95 % intervals. Hollow marks, "
-        "corrected and real data stand to the right of their cost, to be seen. "
+        "noise ceiling: one against another. Hollow: given both sizes. Half full: of the top half "
+        "by the method's own score. Bars: 95 % intervals. These marks and real data stand to the "
+        "right of their cost, to be seen. "
         f"{config.condition}, seed {config.seed}; {origin['device']}; `{origin['command']}`."
     )
     return figure, caption
@@ -518,7 +518,7 @@ def draw_search(search):
 
 def draw_worth(axes, search):
     """Spearman's correlation of each method with full training against its cost."""
-    cost = {name: search["seconds"][name]["mean"] for name in ("teacher", "control", "truth")}
+    cost = {name: seconds["mean"] for name, seconds in search["seconds"].items()}
     free = cost["teacher"] / 4  # set apart; and marks at the same cost would hide each other
     places = {
         "teacher": cost["teacher"],
@@ -526,19 +526,26 @@ def draw_worth(axes, search):
         "parameters": free / 1.3,
         "multiply_adds": 1.3 * free,
         "ceiling": cost["truth"],
-        "corrected": 1.4 * cost["truth"],
     }
-    for (method, x), colour, marker in zip(places.items(), PALETTE, "osv^Dp*", strict=False):
-        for shift, key, face in ((1, "spearman", colour), (1.1, "partial", "none")):
-            row = search["correlations"][method][key]["all"]
-            if row["value"] is None:
+    if "control_all" in cost:
+        places["control_all"] = 1.3 * cost["control_all"]
+    fills = {
+        "full": ("spearman", "all"),
+        "none": ("partial", "all"),
+        "top": ("spearman", "own half"),
+    }
+    for (method, x), colour, marker in zip(places.items(), PALETTE, "osv^Dp", strict=False):
+        for shift, (fill, (statistic, subset)) in enumerate(fills.items()):
+            row = search["correlations"][method][statistic].get(subset)
+            if not row or row["value"] is None:
                 continue
             low, high = (row["value"] if row[x] is None else row[x] for x in ("low", "high"))
             bar = [[row["value"] - low], [high - row["value"]]]
-            look = {"capsize": 3, "linestyle": "", "markerfacecolor": face}
-            label = METHODS[method] if key == "spearman" else None
-            look |= {"color": colour, "marker": marker, "label": label}
-            axes.errorbar(shift * x, row["value"], yerr=bar, **look)
+            label = METHODS[method] if fill == "full" else None
+            look = {"capsize": 3, "linestyle": "", "fillstyle": fill, "color": colour}
+            axes.errorbar(
+                x * 1.1**shift, row["value"], yerr=bar, marker=marker, label=label, **look
+            )
     axes.set(xlabel="seconds for an architecture")
     axes.set(ylabel="Spearman correlation\nwith full training")
     logarithmic(axes, axes.xaxis)

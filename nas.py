@@ -1,15 +1,17 @@
-"""Neural architecture search with a trained teacher (Such et al., arXiv 1912.07768).
+"""Neural architecture search with trained teachers (Such et al., arXiv 1912.07768).
 
 Ranks random architectures by the accuracy that each reaches after the few SGD steps of a
-teacher's curriculum, and measures what the ranking is worth.
+teacher's curriculum, by the best of several teachers, and measures what the ranking is worth.
 
     python nas.py TEACHER.pt --architectures 16    # of the space that the teacher was trained on
     python nas.py TEACHER.pt --resume              # 64 architectures, those 16 among them
+    python nas.py TEACHER.pt OTHER.pt --space search
     torchrun --nproc-per-node 2 nas.py TEACHER.pt  # the same result by two processes
 
-  teacher  validation accuracy after three passes over the teacher's curriculum of T steps
-  control  the same, from the same theta_0, on 3 T real batches with tuned rates
-  truth    validation accuracy after full training, the mean over `--repeats` seeds
+  teacher      validation accuracy after three passes over the teacher's curriculum of T steps
+  control      the same, from the same theta_0, on 3 T real batches with tuned rates
+  control_all  the same, on as many real batches as all teachers have together
+  truth        validation accuracy after full training, the mean over `--repeats` seeds
 
 Test accuracy is reported, and never used for selection.
 """
@@ -117,37 +119,40 @@ def train_fully(architecture, data, steps, seed, repeat):
     return {name: gtn.accuracy(theta, split, architecture) for name, split in splits.items()}
 
 
-def control_curriculum(config, data, seed, lr, momentum):
-    """Real batches, as large as the teacher's, for as many steps; the seed alone fixes them."""
-    steps = PASSES * config.inner_steps
+def control_curriculum(config, data, seed, steps, lr, momentum):
+    """Real batches, as large as the teacher's; the seed alone fixes them."""
     with gtn.seeded(seed, gtn.SHORT_TRAINING):
         batches = gtn.sample(data.train, steps, config.batch_size)
     rates = [data.mean.new_full((steps,), x) for x in (lr, momentum)]
     return gtn.Curriculum(*batches, *rates)
 
 
-def tune_control(space, config, data, settings):
-    """{"lr", "momentum", "grid", "seconds"}: the best of a grid on 4 other architectures."""
+def tune_control(space, config, data, settings, steps):
+    """{"steps", "lr", "momentum", ...}: the best of a grid on 4 other architectures."""
     started = time.perf_counter()
     seed = settings["seed"]
     others = sample_architectures(space, data.classes, 4, seed, gtn.TUNING)
     grid = []
     pairs = [*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))]
     for lr, momentum in tqdm(pairs, "control's grid", disable=None):
-        control = control_curriculum(config, data, seed, lr, momentum)
+        control = control_curriculum(config, data, seed, steps, lr, momentum)
         accuracies = [train_briefly(control, other, data, settings) for other in others]
         grid.append({"lr": lr, "momentum": momentum, "validation": float(np.mean(accuracies))})
     best = max(grid, key=lambda row: row["validation"])
-    return best | {"grid": grid, "seconds": time.perf_counter() - started}
+    return best | {"steps": steps, "grid": grid, "seconds": time.perf_counter() - started}
 
 
 def measure(architecture, data, sources, settings):
-    """A line of nas.jsonl; seconds of truth: of one full training with validation and test."""
+    """A line of nas.jsonl; seconds of truth: of one full training with validation and test.
+
+    sources: {method: [source, ...]}, of which the best score counts.
+    """
     line = architecture._asdict() | sizes(architecture, data.train.images.shape[1:])
     seconds = {}
-    for name, source in sources.items():
+    for name, several in sources.items():
         started = time.perf_counter()
-        line[name] = score(source, architecture, data, settings)
+        line[f"{name} scores"] = [score(x, architecture, data, settings) for x in several]
+        line[name] = max(line[f"{name} scores"])
         seconds[name] = time.perf_counter() - started
     truth = settings["truth"]
     started = time.perf_counter()
@@ -163,6 +168,7 @@ def measure(architecture, data, sources, settings):
 
 RESAMPLES = 1000  # of the bootstrap
 ENOUGH = 8  # architectures for an interval
+FIRST = 5  # of a ranking, of which full training would take the best
 
 
 def ranks(x):
@@ -186,43 +192,38 @@ def spearman(x, y, given=()):
     return a @ b / math.sqrt(variances) if variances > 1e-9 else math.nan
 
 
-def kendall(x, y):
-    """Kendall's tau-b of values x and y [n]: pairs, concordant minus discordant; or nan."""
-    a = np.sign(np.subtract.outer(x, x))
-    b = np.sign(np.subtract.outer(y, y))
-    untied = (a * a).sum() * (b * b).sum()
-    return (a * b).sum() / math.sqrt(untied) if untied > 0 else math.nan
+def best_half(values):
+    """Indices of the better half of values [n]."""
+    return np.argsort(-values, kind="stable")[: (len(values) + 1) // 2]
 
 
-def corrected(one, count):
-    """The correlation of a method without noise with the mean of `count` full trainings.
-
-    one: that of one training with another (Spearman and Brown); nan if it is negative.
-    """
-    return math.sqrt(count * one / (1 + (count - 1) * one)) if one >= 0 else math.nan
+def spearman_of_best(x, y):
+    """Spearman's correlation within the better half by x, as the paper reports it."""
+    index = best_half(x)
+    return spearman(x[index], y[index])
 
 
 def statistics(methods, repeats):
-    """{(method, statistic, subset): value}; subsets are all, and the better half by truth.
+    """{(method, statistic, subset): value}; subsets: all, better half by truth, by own score.
 
     methods: {name: values [n]}; repeats [R, n]: full training under each seed.
     """
     truth = repeats.mean(0)
-    better = np.argsort(-truth, kind="stable")[: (len(truth) + 1) // 2]
     values = {}
-    for subset, index in {"all": np.arange(len(truth)), "top half": better}.items():
+    for subset, index in {"all": np.arange(len(truth)), "top half": best_half(truth)}.items():
         given = [methods[name][index] for name in SIZES]
-        tests = {"spearman": spearman, "kendall": kendall}
-        tests["partial"] = functools.partial(spearman, given=given)
+        tests = {"spearman": spearman, "partial": functools.partial(spearman, given=given)}
         for statistic, correlation in tests.items():
             for name, x in methods.items():
                 values[name, statistic, subset] = correlation(x[index], truth[index])
             pairs = itertools.combinations(repeats[:, index], 2)
-            agreements = [correlation(x, y) for x, y in pairs]
-            one = np.mean(agreements) if agreements else math.nan
-            values["ceiling", statistic, subset] = one
-            if statistic != "kendall":
-                values["corrected", statistic, subset] = corrected(one, len(repeats))
+            agreements = [correlation(x, y) for x, y in pairs] or [math.nan]
+            values["ceiling", statistic, subset] = np.mean(agreements)
+    for name, x in methods.items():
+        values[name, "spearman", "own half"] = spearman_of_best(x, truth)
+    pairs = itertools.permutations(repeats, 2)
+    agreements = [spearman_of_best(x, y) for x, y in pairs] or [math.nan]
+    values["ceiling", "spearman", "own half"] = np.mean(agreements)
     return values
 
 
@@ -266,15 +267,21 @@ def conclude(lines, settings):
     """The content of nas.json: settings, measurements and what follows from them."""
     validation = np.array([[repeat["validation"] for repeat in x["truth"]] for x in lines]).T
     test = np.array([[repeat["test"] for repeat in x["truth"]] for x in lines]).mean(1)
-    methods = {name: [x[name] for x in lines] for name in ("teacher", "control", *SIZES)}
+    names = "teacher", *settings["controls"], *SIZES
+    methods = {name: [x[name] for x in lines] for name in names}
+    truth = validation.mean(0)
     best = {}
-    for name, values in (methods | {"truth": validation.mean(0)}).items():
-        index = int(np.argmax(values))
-        best[name] = {"index": index, "test": float(test[index])}
+    for name, values in (methods | {"truth": truth}).items():
+        order = np.argsort(-np.array(values), kind="stable")
+        picked = max(order[:FIRST], key=lambda i: truth[i])
+        best[name] = {"index": int(order[0]), "test": test[order[0]], "first": test[picked]}
     picks = gtn.summary(test.tolist())
-    best["random"] = {key: picks[key] for key in ("mean", "std", "n")} | {
-        "best": max(test.tolist())
-    }
+    best["random"] = {key: picks[key] for key in ("mean", "std", "n")}
+    # the i-th best by truth is the best of k random ones so many times
+    k = min(FIRST, len(lines))
+    times = [math.comb(len(lines) - 1 - i, k - 1) for i in range(len(lines))]
+    ordered = test[np.argsort(-truth, kind="stable")]
+    best["random"] |= {"first": np.average(ordered, weights=times), "best": max(test.tolist())}
     return settings | {
         "architectures": lines,
         "correlations": correlations(methods, validation, settings["seed"]),
@@ -286,11 +293,11 @@ def conclude(lines, settings):
 def costs(lines, settings):
     """Seconds of each method for an architecture, and with its preparation shared out."""
     seconds = {}
-    for name in ("teacher", "control", "truth"):
+    for name in ("teacher", *settings["controls"], "truth"):
         mean = float(np.mean([x["seconds"][name] for x in lines]))
         seconds[name] = {"mean": mean}
-    control = settings["control"]["seconds"]
-    preparation = {"teacher": settings["teacher_seconds"], "control": control}
+    preparation = {name: control["seconds"] for name, control in settings["controls"].items()}
+    preparation["teacher"] = settings["teacher_seconds"]
     for name, once in preparation.items():
         if once is not None:  # an old teacher.pt does not know how long it was trained
             saved = seconds["truth"]["mean"] - seconds[name]["mean"]
@@ -302,7 +309,7 @@ def costs(lines, settings):
 
 def interval(row):
     """An estimate in words: '0.69 [0.48, 0.84]'; '-' for what is undefined."""
-    if row["value"] is None:
+    if not row or row["value"] is None:
         return "-"
     bounds = "-" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
     return f"{row['value']:.2f} {bounds}"
@@ -322,21 +329,26 @@ def architecture_table(lines):
 
 def ranking_table(result):
     """Rows of text, the header first: how well each method ranks, and at what cost."""
-    header = ["Spearman with the truth", "all", "better half", "given both sizes"]
-    table = [[*header, "teacher minus it", "seconds", "test accuracy of its best"]]
+    header = ["Spearman with the truth", "all", "better half", "own top half", "given both sizes"]
+    header += ["teacher minus it", "seconds", "test accuracy of its best", f"of {FIRST}"]
+    table = [header]
     for name, row in result["correlations"].items():
         method = "truth" if name == "ceiling" else name
         everywhere = row["spearman"]["all"]
-        estimates = everywhere, row["spearman"]["top half"], row["partial"]["all"]
+        halves = [row["spearman"].get(subset) for subset in ("top half", "own half")]
+        estimates = everywhere, *halves, row["partial"]["all"]
         cost = result["seconds"].get(method)
         best = result["best"].get(method)
         cells = [name, *map(interval, estimates)]
         cells.append(interval(everywhere["teacher minus this"]))
         cells.append(f"{cost['mean']:.3g}" if cost else "-")
-        cells.append(f"{best['test']:.4f}" if best else "-")
+        for key in ("test", "first"):
+            cells.append(f"{best[key]:.4f}" if best and key in best else "-")
         table.append(cells)
-    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**result["best"]["random"])
-    return [*table, ["random pick", *"-----", picks]]
+    random = result["best"]["random"]
+    picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**random)
+    first = f"{random['first']:.4f}" if "first" in random else "-"
+    return [*table, ["random pick", *"------", picks, first]]
 
 
 def report(result):
@@ -363,6 +375,9 @@ def report(result):
 # ---- search ----
 
 
+CONTROL = "steps", "lr", "momentum", "seconds"
+
+
 def architecture_of(line):
     """The Architecture of a line of nas.jsonl."""
     fields = [line[name] for name in gtn.Architecture._fields]
@@ -370,7 +385,7 @@ def architecture_of(line):
 
 
 def begin(folder, settings, resume, space, config, data):
-    """A new search, or the one in the folder: (control, {Architecture: its line}).
+    """A new search, or the one in the folder: (controls, {Architecture: its line}).
 
     Raises InputError for another search, or this one without `resume`, and for damaged files.
     """
@@ -378,14 +393,21 @@ def begin(folder, settings, resume, space, config, data):
     log = folder / "nas.jsonl"
     lines = gtn.read(log) if log.exists() else []
     if not lines and not path.exists():
-        gtn.write(path, settings | {"control": tune_control(space, config, data, settings)})
+        steps = PASSES * config.inner_steps
+        lengths = {"control": steps}
+        if len(settings["teachers"]) > 1:
+            lengths["control_all"] = steps * len(settings["teachers"])
+        controls = {}
+        for name, length in lengths.items():
+            controls[name] = tune_control(space, config, data, settings, length)
+        gtn.write(path, settings | {"controls": controls})
     there = gtn.read(path)
     with gtn.reading(path):
         keys = "seed", "space", "score", "truth", "sha256"
         changes = [key for key in keys if there[key] != settings[key]]
-        numbers = [there["control"][key] for key in ("lr", "momentum", "seconds")]
-        if not np.isfinite(numbers).all():
-            raise ValueError("a number is not finite")
+        for control in there["controls"].values():
+            if not np.isfinite([control[key] for key in CONTROL]).all():
+                raise ValueError("a number is not finite")
     if changes or (lines and not resume):
         which = "this search: continue it with --resume, or"
         if changes:
@@ -396,16 +418,17 @@ def begin(folder, settings, resume, space, config, data):
         if lines:  # raises an error if a number is missing
             json.dumps(conclude(lines, settings | there), allow_nan=False)
     gtn.write(log, lines)  # without a last line that was never finished
-    return there["control"], done
+    return there["controls"], done
 
 
-def describe(args, content, config, space, device):
+def describe(args, contents, config, space, device):
     """What search.json says of a search, as JSON has it."""
+    seconds = [content.get("seconds") for content in contents]  # unknown to older files
     fields = "filters kernels pooling normalization hidden_units name least_blocks".split()
     settings = {
-        "teacher": str(args.teacher),
-        "sha256": gtn.sha256_of(args.teacher),
-        "teacher_seconds": content.get("seconds"),
+        "teachers": [*map(str, args.teachers)],
+        "sha256": [*map(gtn.sha256_of, args.teachers)],
+        "teacher_seconds": None if None in seconds else sum(seconds),
         "config": vars(config),
         "seed": args.seed,
         "space": {name: getattr(space, name) for name in fields},
@@ -428,32 +451,41 @@ def measure_missing(folder, architectures, done, data, sources, settings):
     return [done[architecture] for architecture in architectures]
 
 
+def source_of(teacher, content):
+    """The curriculum of one pass, a function of data; `random` and `real` draw it anew."""
+    if teacher.config.variant in ("random", "real"):
+        return teacher
+    return lambda _: content["curriculum"].shuffled(teacher.config.order)
+
+
 def search(args, device):
     """All of it; the folder gets search.json, nas.jsonl, and at the end nas.json."""
-    data = gtn.load_data(gtn.read_teacher(args.teacher)[0].config.dataset, args.data, device)
-    teacher, content = gtn.read_teacher(args.teacher, device, data)
-    config = teacher.config
+    configs = [gtn.read_teacher(path)[0].config for path in args.teachers]
+    kinds = {(x.dataset, x.inner_steps, x.batch_size) for x in configs}
+    if len(kinds) > 1 or len({gtn.sha256_of(path) for path in args.teachers}) < len(configs):
+        raise gtn.InputError("teachers must differ, in one dataset, inner_steps and batch_size")
+    config = configs[0]
+    data = gtn.load_data(config.dataset, args.data, device)
+    teachers, contents = zip(
+        *(gtn.read_teacher(x, device, data) for x in args.teachers), strict=True
+    )
     space = gtn.make_config(args.space) if args.space else config
     gtn.check_depth(space, data)
     key = args.seed, gtn.ARCHITECTURES
     architectures = sample_architectures(space, data.classes, args.architectures, *key)
-    settings = describe(args, content, config, space, device)
-    folder = args.out or args.teacher.with_name(f"nas-{space.name}-s{args.seed}")
+    settings = describe(args, contents, config, space, device)
+    folder = args.out or args.teachers[0].with_name(f"nas-{space.name}-s{args.seed}")
     with gtn.locked(folder):
         begun = [None]
         if gtn.RANK == 0:
             begun = [begin(folder, settings, args.resume, space, config, data)]
         if gtn.WORLD > 1:
             torch.distributed.broadcast_object_list(begun)
-        settings["control"], done = begun[0]
-        rates = [settings["control"][name] for name in ("lr", "momentum")]
-
-        curriculum = content["curriculum"]
-        draws = config.variant in ("random", "real")  # anew for every pass
-        sources = {
-            "teacher": teacher if draws else lambda _: curriculum.shuffled(config.order),
-            "control": control_curriculum(config, data, args.seed, *rates),
-        }
+        settings["controls"], done = begun[0]
+        sources = {"teacher": [*map(source_of, teachers, contents)]}
+        for name, control in settings["controls"].items():
+            numbers = [control[key] for key in CONTROL[:3]]
+            sources[name] = [control_curriculum(config, data, args.seed, *numbers)]
         lines = measure_missing(folder, architectures, done, data, sources, settings)
         if gtn.RANK == 0:
             result = conclude(lines, settings)
@@ -466,7 +498,8 @@ def main(arguments=None):
     """The command line of nas.py."""
     parser = gtn.argument_parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("teacher", type=Path, metavar="TEACHER.pt", help="of a run of gtn.py")
+    help_teachers = "of runs of gtn.py; the best of several counts"
+    add("teachers", type=Path, nargs="+", metavar="TEACHER.pt", help=help_teachers)
     add("--architectures", type=int, default=64, help="how many to sample (default: 64)")
     add("--space", metavar="CONFIG", help="of this config (default: of the teacher's)")
     add("--seed", type=int, default=0, help="fixes everything on a CPU (default: 0)")

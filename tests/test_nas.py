@@ -26,11 +26,12 @@ def few_resamples(monkeypatch):
 def test_rank_correlations_by_hand():
     x, y = np.array([1, 2, 3, 4, 5]), np.array([2, 1, 4, 3, 5])
     assert nas.spearman(x, y) == pytest.approx(1 - 6 * 4 / (5 * 24), abs=1e-15)  # four differ by 1
-    assert nas.kendall(x, y) == pytest.approx((8 - 2) / 10, abs=1e-15)
     x, y = np.array([1, 2, 2, 3]), np.array([1, 3, 2, 4])
     assert nas.ranks(x).tolist() == [1, 2.5, 2.5, 4]
     assert nas.spearman(x, y) == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-15)
-    assert nas.kendall(x, y) == pytest.approx(5 / math.sqrt(5 * 6), abs=1e-15)
+    x, y = np.array([6, 5, 4, 3, 2, 1]), np.array([3, 5, 4, 9, 8, 7])
+    assert nas.spearman_of_best(x, y) == pytest.approx(-0.5)  # of 3, 5 and 4
+    assert nas.spearman_of_best(y, x) == pytest.approx(1)  # of 9, 8 and 7, whose x are 3, 2, 1
 
 
 def test_partial_correlation_by_hand():
@@ -67,17 +68,17 @@ def test_bootstrap_intervals_against_resampled_lists(monkeypatch):
     monkeypatch.setattr(nas, "RESAMPLES", 100)
     result = nas.correlations(methods, [truth.tolist()], 5)["method"]
     counts = np.random.default_rng([5, gtn.BOOTSTRAP]).multinomial(n, np.full(n, 1 / n), 100)
-    for name, (subset, size) in itertools.product(
-        ("spearman", "kendall"), {"all": n, "top half": 6}.items()
-    ):
+    best_by = {"all": (truth, n), "top half": (truth, 6), "own half": (method, 6)}
+    for subset, (by, size) in best_by.items():
         values = []
         for count in [np.ones(n, int), *counts]:
             drawn = np.arange(n).repeat(count)
-            drawn = drawn[np.argsort(-truth[drawn])][:size]
+            drawn = drawn[np.argsort(-by[drawn], kind="stable")][:size]
             if len(set(method[drawn])) > 1 and len(set(truth[drawn])) > 1:
-                values.append(getattr(nas, name)(method[drawn], truth[drawn]))
+                values.append(nas.spearman(method[drawn], truth[drawn]))
         expected = values[0], *np.percentile(values[1:], [2.5, 97.5])
-        assert [*result[name][subset].values()][:3] == pytest.approx(expected, abs=1e-12)
+        estimate = [*result["spearman"][subset].values()][:3]
+        assert estimate == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_published_ranking_follows_from_its_measurements(monkeypatch):
@@ -88,7 +89,7 @@ def test_the_published_ranking_follows_from_its_measurements(monkeypatch):
     methods = {name: [x[name] for x in lines] for name in ("teacher", "control", *nas.SIZES)}
     repeats = np.array([[repeat["validation"] for repeat in x["truth"]] for x in lines]).T
     result = nas.correlations(methods, repeats, published["seed"])
-    for name, statistic in itertools.product(methods, ("spearman", "kendall", "partial")):
+    for name, statistic in itertools.product(methods, ("spearman", "partial")):
         for subset in ("all", "top half"):
             expected = published["correlations"][name][statistic][subset]
             difference = expected.pop("teacher minus this")
@@ -100,24 +101,21 @@ def test_the_published_ranking_follows_from_its_measurements(monkeypatch):
 def test_the_ceiling_differences_and_what_is_undefined(monkeypatch):
     monkeypatch.setattr(nas, "ENOUGH", 5)
     a, b, c = [1.0, 2, 3, 4, 5], [2.0, 1, 4, 3, 5], [5.0, 4, 3, 2, 1]
-    ceiling = nas.correlations(with_sizes(teacher=a), [a, b, c], 0)["ceiling"]["kendall"]["all"]
-    assert ceiling["value"] == pytest.approx((0.6 - 1 - 0.6) / 3)  # the mean over pairs
+    ceiling = nas.correlations(with_sizes(teacher=a), [a, b, c], 0)["ceiling"]["spearman"]
+    assert ceiling["all"]["value"] == pytest.approx((0.8 - 1 - 0.8) / 3)  # the mean over pairs
+    assert ceiling["own half"]["value"] == pytest.approx((0.5 + 0.5 - 1 - 1 - 0.5 - 0.5) / 6)
     found = nas.correlations(with_sizes(teacher=a, rival=b, same=[7] * 5), [a, b], 0)
-    assert found["ceiling"]["spearman"]["all"]["value"] == pytest.approx(0.8)
-    assert found["corrected"]["spearman"]["all"]["value"] == pytest.approx(math.sqrt(2 * 0.8 / 1.8))
     truth = np.mean([a, b], 0)
-    difference = found["rival"]["kendall"]["all"]["teacher minus this"]["value"]
-    assert difference == pytest.approx(nas.kendall(a, truth) - nas.kendall(b, truth))
-    assert set(found["teacher"]["spearman"]["all"]["teacher minus this"].values()) == {
-        0.0
-    }  # paired: not a spread
+    difference = found["rival"]["spearman"]["all"]["teacher minus this"]["value"]
+    assert difference == pytest.approx(nas.spearman(a, truth) - nas.spearman(b, truth))
+    same = found["teacher"]["spearman"]["all"]["teacher minus this"]
+    assert set(same.values()) == {0.0}  # paired: not a spread
     nothing = {"value": None, "low": None, "high": None}
     nothing = nothing | {"teacher minus this": nothing}
-    assert found["same"] == {
-        name: {"all": nothing, "top half": nothing} for name in ("spearman", "kendall", "partial")
-    }
+    halves = {"all": nothing, "top half": nothing}
+    assert found["same"] == {"spearman": halves | {"own half": nothing}, "partial": halves}
     single = nas.correlations(with_sizes(teacher=b), [a], 0)  # no second training
-    assert single["ceiling"]["spearman"]["all"] == single["corrected"]["spearman"]["all"] == nothing
+    assert single["ceiling"]["spearman"]["all"] == nothing
 
 
 def test_sizes_by_hand_and_of_a_real_forward():
@@ -210,7 +208,7 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
 
     monkeypatch.setattr(nas, "train_briefly", train_briefly)
     space = gtn.Config(filters=((1, 9), (1, 9)))
-    found = nas.tune_control(space, teacher.config, data, {"seed": 0})
+    found = nas.tune_control(space, teacher.config, data, {"seed": 0}, 15)
     assert found["seconds"] > 0
     assert (found["lr"], found["momentum"], len(found["grid"]), len({a for _, a in taught})) == (
         0.1,
@@ -220,7 +218,7 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
     )
     for curriculum, _ in taught:
         assert torch.equal(curriculum.images, taught[0][0].images)
-        assert len(curriculum.images) == 3 * teacher.config.inner_steps
+        assert len(curriculum.images) == found["steps"] == 15
         assert all(
             (x == data.train.images).flatten(1).all(1).any()
             for x in curriculum.images.flatten(0, 1)
@@ -290,25 +288,26 @@ def test_a_search_end_to_end(teacher, few, capsys):
     assert (row["low"], row["high"]) == (None, None)  # of three architectures
     assert nas.interval({"value": 0.5, "low": None, "high": None}) == "0.50 -"
     assert "no intervals: they need 8 architectures" in capsys.readouterr().out
-    source, control, lines = (
-        gtn.read_teacher(teacher)[0],
-        result["control"],
-        result["architectures"],
-    )
-    curriculum = nas.control_curriculum(source.config, few, 0, control["lr"], control["momentum"])
+    source = gtn.read_teacher(teacher)[0]
+    assert list(result["controls"]) == ["control"]
+    lines = result["architectures"]
+    control = [result["controls"]["control"][key] for key in ("steps", "lr", "momentum")]
+    curriculum = nas.control_curriculum(source.config, few, 0, *control)
+    sources = {"teacher": [source], "control": [curriculum]}
     for x in reversed(lines):
-        architecture = nas.architecture_of(x)
-        again = nas.measure(architecture, few, {"teacher": source, "control": curriculum}, result)
+        again = nas.measure(nas.architecture_of(x), few, sources, result)
         assert without_seconds([x]) == without_seconds(
             [again | {key: x[key] for key in ("filters", "kernels")}]
         )
         assert x["truth"][0] != x["truth"][1]
     test, best = [np.mean([t["test"] for t in x["truth"]]) for x in lines], result["best"]
+    truth = [np.mean([t["validation"] for t in x["truth"]]) for x in lines]
+    first = test[max(range(3), key=lambda i: truth[i])]  # of three architectures, all are first
     for method in ("teacher", "multiply_adds"):
         pick = max(range(3), key=lambda i: lines[i][method])
-        assert best[method] == {"index": pick, "test": pytest.approx(test[pick])}
+        assert best[method] == pytest.approx({"index": pick, "test": test[pick], "first": first})
     expected = {"mean": np.mean(test), "std": np.std(test, ddof=1), "best": max(test), "n": 3}
-    assert best["random"] == pytest.approx(expected)
+    assert best["random"] == pytest.approx(expected | {"first": first})
     assert result["seconds"]["teacher"]["once"] == gtn.read(teacher)["seconds"]
 
 
@@ -319,7 +318,7 @@ def test_where_a_teacher_pays(capsys):
         "truth": [{"validation": 0.5, "test": 0.5}],
         "seconds": {"teacher": 1.0, "control": 9.0, "truth": 5.0},
     }
-    settings = {"seed": 0, "teacher_seconds": 100, "control": {"seconds": 10}}
+    settings = {"seed": 0, "teacher_seconds": 100, "controls": {"control": {"seconds": 10}}}
     settings["space"] = {"normalization": "batch"}
     seconds = nas.conclude([line] * 4, settings)["seconds"]
     assert seconds["teacher"] == {"mean": 1.0, "once": 100, "shared": 26.0, "pays from": 25}
@@ -361,6 +360,35 @@ def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monk
     assert search(teacher, "--out", a, "--resume", "--architectures", 4) == 0
     assert (a / "nas.jsonl").read_text().startswith(first)  # to the seconds: not measured again
     assert without_seconds(gtn.read(a / "nas.jsonl")) == without_seconds(gtn.read(b / "nas.jsonl"))
+
+
+def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
+    """Real data is read after the steps of one and of all; what does not go together is refused."""
+    worse, bare, other = (tmp_path / f"{name}.pt" for name in ("worse", "bare", "other"))
+    content = gtn.read(teacher)
+    rates = content["teacher"]["log_lr"] - 3
+    gtn.write(worse, content | {"teacher": content["teacher"] | {"log_lr": rates}})
+    assert search(teacher, worse, "--architectures", 4) == 0
+    result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
+    assert [control["steps"] for control in result["controls"].values()] == [9, 18]
+    for line in result["architectures"]:
+        assert line["teacher"] == max(line["teacher scores"])
+        assert len(line["teacher scores"]) == 2
+    alone = tmp_path / "alone"
+    assert search(worse, "--architectures", 4, "--out", alone) == 0
+    scores = [line["teacher"] for line in gtn.read(alone / "nas.jsonl")]
+    assert scores == [line["teacher scores"][1] for line in result["architectures"]]
+    assert set(result["correlations"]) >= {"teacher", "control", "control_all", "ceiling"}
+    assert result["seconds"]["teacher"]["once"] == 2 * content["seconds"]
+    message = "teachers must differ, in one dataset, inner_steps and batch_size"
+    assert refused(capsys, message, teacher, worse, teacher)
+    config = content["config"]
+    gtn.write(other, content | {"config": config | {"dataset": "fashion"}})
+    assert refused(capsys, message, teacher, other)
+    without = {k: x for k, x in content["teacher"].items() if "generator" not in k}
+    gtn.write(bare, content | {"teacher": without})
+    assert refused(capsys, f"cannot read {bare}", teacher, bare)
+    assert refused(capsys, "a search with other sha256", worse, teacher, "--resume", "--out", alone)
 
 
 def test_ranks_share_the_architectures(teacher, monkeypatch, tmp_path):
@@ -427,7 +455,8 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
         {"seconds": {}},
     ]
     damaged = [(log, json.dumps(json.loads(line) | damage) + "\n" + rest) for damage in damages]
-    strings = json.dumps(json.loads(before[settings]) | {"control": {"lr": "1", "momentum": 0.5}})
+    control = {"steps": 3, "lr": "1", "momentum": 0.5, "seconds": 1}
+    strings = json.dumps(json.loads(before[settings]) | {"controls": {"control": control}})
     for path, text in [*damaged, (settings, strings), (settings, "{"), (log, "{}\n" + rest)]:
         path.write_text(text)
         assert refused(capsys, f"cannot read {path}", teacher, "--out", out, "--resume"), text
