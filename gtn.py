@@ -60,12 +60,12 @@ DATASETS = {  # torchvision's names
     "kmnist": "KMNIST",
     "cifar10": "CIFAR10",
 }
-NORMALIZATIONS = {  # of the learner's activations; "weight" is of weights instead
+NORMALIZATIONS = {  # of activations; "weight" is in WeightNorm
     "instance": lambda filters: nn.GroupNorm(filters, filters),
     "layer": lambda filters: nn.GroupNorm(1, filters),
     "batch": lambda filters: nn.BatchNorm2d(filters, track_running_stats=False),
-    "weight": lambda filters: nn.Identity(),
-    "none": lambda filters: nn.Identity(),
+    "weight": nn.Identity,
+    "none": nn.Identity,
 }
 
 
