@@ -452,6 +452,55 @@ def draw_rates(conditions, config):
     return figure, caption
 
 
+def equal_steps(accuracy, steps, accuracies):
+    """SGD steps after which accuracies [S] reach one, interpolated in their logarithm; or inf."""
+    rising = np.maximum.accumulate(accuracies)
+    return np.exp(np.interp(accuracy, rising, np.log(steps), right=np.inf))
+
+
+def draw_equivalents(runs):
+    """How many real SGD steps the steps of a teacher are worth, for each data set.
+
+    Of data sets with a teacher, and with real data for more than one number of inner steps.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    spaced_by_error(axes.yaxis, axes.set_yscale)
+    logarithmic(axes, axes.xaxis)
+    worth = []
+    for dataset, colour in zip(gtn.DATASETS, PALETTE, strict=False):
+        tested = [x for x in runs if x.config.dataset == dataset and "in order" in x.evaluation]
+        teachers = [x for x in tested if x.config.condition == "learned"]
+        if not teachers:
+            continue
+        teacher = max(teachers, key=lambda run: run.config.outer_steps)
+        kind = "real", teacher.config.batch_size
+        real = {}
+        for run in tested:
+            if (run.config.condition, run.config.batch_size) == kind:
+                real.setdefault(run.config.inner_steps, []).extend(run.evaluation["in order"])
+        if len(real) < 2:
+            continue
+        steps = sorted(real)
+        mean = np.array([np.mean(real[T]) for T in steps])
+        std = np.array([np.std(real[T], ddof=1) for T in steps])
+        axes.errorbar(steps, mean, std, color=colour, marker=".", label=f"{dataset}: real data")
+        accuracy = teacher.evaluation["in order"].mean()
+        bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]
+        ends = [teacher.config.inner_steps, min(bounds[0], steps[-1])]
+        look = {"color": colour, "linestyle": ":", "marker": "*", "markevery": [0]}
+        axes.plot(ends, [accuracy, accuracy], label=f"{dataset}: a teacher", **look)
+        equal, low, high = (f"{x:,.0f}" if x < np.inf else f"over {steps[-1]}" for x in bounds)
+        worth.append(f"{dataset} {ends[0]} steps for {equal} real ones [{low}, {high}]")
+    axes.set(xlabel="SGD steps", ylabel="test accuracy")
+    caption = (
+        "Test accuracy of fresh learners after so many SGD steps on real batches, with rates that "
+        "were learned for each number of steps (bars: one standard deviation), and after those of "
+        f"a teacher: {'; '.join(worth)}, for learners one standard deviation better, and worse."
+    )
+    return figure, caption
+
+
 def draw_images(run):
     """The first 20 images of the batches of a teacher.pt, of 20 at most, sorted by label.
 
@@ -705,6 +754,9 @@ def main(arguments):
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
+    figure, caption = draw_equivalents(runs)
+    if figure.axes[0].has_data():
+        blocks.append(image_block("equivalents", figure, caption))
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
     for path in files_below(folder, "robustness.json"):

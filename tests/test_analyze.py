@@ -202,6 +202,31 @@ def test_teachers_trained_under_an_order(tmp_path):
     }
 
 
+def test_real_steps_that_equal_those_of_a_teacher(tmp_path):
+    """A learner is as good as the teacher's halfway between 20 and 80 real steps: after 40."""
+    assert analyze.equal_steps(0.5, [20, 80], [0.4, 0.6]) == pytest.approx(40)
+    assert analyze.equal_steps(0.7, [20, 80], [0.4, 0.6]) == np.inf
+    budget = {"dataset": "fashion", "batch_size": 12, "name": "t"}
+    teacher = make_run(tmp_path, inner_steps=20, **budget)
+    folders = [teacher]
+    for T, mean in ((20, 0.5), (80, 0.7)):
+        folder = make_run(tmp_path / str(T), variant="real", inner_steps=T, **budget)
+        content = gtn.read(folder / "evaluation.json")
+        rows = [x for x in content["rows"] if not x["every_step"]]
+        rows[0]["accuracies"] = [mean - 0.1, mean + 0.1]
+        gtn.write(folder / "evaluation.json", content | {"rows": rows})
+        folders.append(folder)
+    other = make_run(
+        tmp_path / "other", variant="real", inner_steps=40, **budget | {"batch_size": 11}
+    )
+    runs = [analyze.read_run(folder / "config.json", []) for folder in [*folders, other]]
+    figure, caption = analyze.draw_equivalents(runs)  # the teacher's learners have 0.5 and 0.7
+    (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "*"]
+    np.testing.assert_allclose(line.get_xydata(), [(20, 0.6), (40, 0.6)])
+    assert "fashion 20 steps for 40 real ones [20, over 80]" in caption
+    assert not analyze.draw_equivalents(runs[:2])[0].axes[0].has_data()
+
+
 def test_robustness_figure(tmp_path):
     errors = {"none": [0.9, 0.1, 0.3], "weight": [0.2, 0.4, 0.6]}
     content = {"settings": [{}, {}, {}], "errors": errors}
