@@ -144,6 +144,9 @@ def read_run(path, damaged):
     config = gtn.Config(**content["config"])
     origin = content["environment"]
     T = config.inner_steps
+    teacher = folder / "teacher.pt"
+    if config.condition == "learned" and not teacher.exists():
+        teacher = folder.with_name(f"{config.name}.pt")  # its curriculum, published
     return Run(
         folder,
         config,
@@ -151,7 +154,7 @@ def read_run(path, damaged):
         command=parts_of(str(origin["command"])),
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
-        teacher=attempt(damaged, folder / "teacher.pt", lambda path: gtn.read_teacher(path)[1]),
+        teacher=attempt(damaged, teacher, lambda path: gtn.read_teacher(path)[1]),
     )
 
 
@@ -448,6 +451,46 @@ def draw_rates(conditions, config):
     caption = (
         "Above: over outer steps, mean over inner steps. Below: over inner steps, at the last "
         "validation. Bands: one standard deviation over seeds, of the learning rate's logarithm."
+    )
+    return figure, caption
+
+
+def draw_overview(groups):
+    """Images of teachers along the inner steps, and the accuracy after each, for each data set.
+
+    Of runs whose name has a teacher, and real data to compare it with.
+    """
+    columns = {}
+    for conditions in groups.values():
+        both = [conditions.get(variant, []) for variant in ("learned", "real")]
+        if all(evaluated(runs, "every step") for runs in both) and both[0][0].teacher:
+            columns.setdefault(both[0][0].config.dataset, conditions)
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    if not columns:
+        return figure, ""
+    options = {"squeeze": False, "sharex": "col", "height_ratios": (1, 2.4)}
+    panels = figure.subplots(2, len(columns), **options)
+    for (strip, axes), (dataset, conditions) in zip(panels.T, columns.items(), strict=True):
+        run = conditions["learned"][0]
+        images = run.teacher["curriculum"].images[:, :3]  # of labels 0, 1 and 2
+        pixels = images.movedim(2, 4) * run.teacher["std"] + run.teacher["mean"]
+        sheet = pixels.clamp(0, 1).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
+        T = run.config.inner_steps
+        look = {"aspect": "auto", "interpolation": "nearest", "cmap": "gray", "vmin": 0, "vmax": 1}
+        strip.imshow(sheet.squeeze(2).numpy(), extent=(0.5, T + 0.5, 0, 1), **look)
+        strip.axis("off")
+        strip.set_title(f"{dataset}: images of a teacher", size=11)
+        for name, label in (("learned", "its images"), ("real", "real images")):
+            curves = np.concatenate(evaluated(conditions[name], "every step"))
+            series = [(1 + np.arange(T), curve) for curve in curves]
+            draw_mean(axes, series, conditions[name][0].config, label=f"trained on {label}")
+            end = curves[:, -1].mean()
+            axes.text(T, end, f"{end:.2f}", ha="right", va="bottom")
+        axes.set(xlabel="SGD step", ylabel="test accuracy", ylim=(0, 1))
+    caption = (
+        "Above: the first images of labels 0, 1 and 2 in each of a teacher's batches. Below: "
+        "accuracy of fresh learners on 1,000 test images after each step on such batches, and on "
+        "real ones; bands: one standard deviation over learners."
     )
     return figure, caption
 
@@ -754,9 +797,10 @@ def main(arguments):
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
-    figure, caption = draw_equivalents(runs)
-    if figure.axes[0].has_data():
-        blocks.append(image_block("equivalents", figure, caption))
+    for draw, argument in ((draw_overview, groups), (draw_equivalents, runs)):
+        figure, caption = draw(argument)
+        if any(axes.has_data() for axes in figure.axes):
+            blocks.append(image_block(draw.__name__[5:], figure, caption))
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
     for path in files_below(folder, "robustness.json"):

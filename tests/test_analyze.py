@@ -202,6 +202,34 @@ def test_teachers_trained_under_an_order(tmp_path):
     }
 
 
+def test_overview(tmp_path):
+    """A teacher's images as real ones look, and accuracies beside those of real data."""
+    make_run(tmp_path, teacher=True)
+    real = make_run(tmp_path, variant="real")
+    assert run("--runs", tmp_path, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "overview.png").exists()
+    product = tmp_path / "toy.pt"
+    (tmp_path / "toy-learned-s0" / "teacher.pt").rename(product)  # its curriculum, published
+    runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
+    groups, _ = analyze.group_runs(runs)
+    strip, axes = analyze.draw_overview(groups)[0].axes
+    content = gtn.read(product)
+    images = content["curriculum"]["images"] * content["std"] + content["mean"]
+    shown = strip.images[0].get_array()
+    assert shown.shape == (3 * 8, 3 * 8)
+    np.testing.assert_allclose(shown[8:16, 16:], images[2, 1, 0].clamp(0, 1))  # label 1, step 3
+    lines = [line for line in axes.lines if line.get_label().startswith("trained on")]
+    rows = [
+        gtn.read(tmp_path / f"toy-{x}-s0" / "evaluation.json")["rows"] for x in ("learned", "real")
+    ]
+    for line, same in zip(lines, rows, strict=True):
+        (row,) = [x for x in same if x["every_step"]]
+        np.testing.assert_allclose(line.get_ydata(), np.mean(row["accuracies"], 0))
+    (real / "evaluation.json").unlink()
+    runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
+    assert not analyze.draw_overview(analyze.group_runs(runs)[0])[0].axes
+
+
 def test_real_steps_that_equal_those_of_a_teacher(tmp_path):
     """A learner is as good as the teacher's halfway between 20 and 80 real steps: after 40."""
     assert analyze.equal_steps(0.5, [20, 80], [0.4, 0.6]) == pytest.approx(40)
@@ -394,9 +422,8 @@ def test_command_line_pages_and_default_folder(tmp_path):
         "toy-real-s0: 2 of 4 outer steps: python gtn.py --variant real --seed 0 --resume\n"
         in result.stdout
     )
-    pictures = {
-        f"toy-{name}.png" for name in ("training", "orders", "steps", "rates", "learned-s0-images")
-    }
+    names = "training", "orders", "steps", "rates", "learned-s0-images"
+    pictures = {"overview.png", *(f"toy-{name}.png" for name in names)}
     assert {path.name for path in out.iterdir()} == {*pictures, "README.md", "report.html"}
     markdown, page = ((out / name).read_text() for name in ("README.md", "report.html"))
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", markdown)) == pictures
