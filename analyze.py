@@ -90,7 +90,7 @@ def attempt(damaged, path, read, *arguments):
 
 
 def read_log(path, T):
-    """Arrays error, meta_loss [2, N] (outer steps, values), lr, momentum [N, T]; step, minutes."""
+    """Arrays error, meta_loss [2, N] (outer steps, values), lr, momentum [T]; step, minutes."""
     lines = gtn.read(path)
     steps = [x for x in lines if x["event"] == "step"]
     checks = [x for x in lines if x["event"] == "validation"]
@@ -99,8 +99,8 @@ def read_log(path, T):
     return {
         "error": np.array(errors, float).reshape(-1, 2).T,
         "meta_loss": np.array(losses, float).reshape(-1, 2).T,
-        "lr": np.array([x["lr"] for x in checks], float).reshape(-1, T),
-        "momentum": np.array([x["momentum"] for x in checks], float).reshape(-1, T),
+        "lr": np.array(checks[-1]["lr"], float).reshape(T),
+        "momentum": np.array(checks[-1]["momentum"], float).reshape(T),
         "step": max(int(x["step"]) for x in lines),
         "minutes": max(float(x.get("seconds", 0)) for x in lines) / 60,
     }
@@ -352,11 +352,6 @@ def draw_training(conditions, config):
                 smooth.append((x, np.exp(running_mean(np.log(y), len(x) // 40))))
             if smooth:
                 draw_mean(axes, smooth, config, log=True, label=condition)
-            accuracy = known(PAPER, config, config.order)
-            if key == "error" and accuracy:
-                star = {"marker": "*", "markerfacecolor": "none", "markersize": 10, "linestyle": ""}
-                axes.plot(2000, 1 - accuracy, color=colour, **star)
-                axes.plot([], [], color="black", label=PAPER, **star)
         axes.set(ylabel=name)
         logarithmic(axes, axes.yaxis)
     panels[1].set(xlabel="outer steps")
@@ -404,53 +399,38 @@ def draw_steps(conditions, config):
     """Test accuracy after each inner step."""
     figure, axes = new_figure(config, 4.4)
     spaced_by_error(axes.yaxis, axes.set_yscale)
-    for i, (condition, runs) in enumerate(conditions.items()):
+    for condition, runs in conditions.items():
         config = runs[0].config
         values = evaluated(runs, "every step")
         if not values:
             continue
         series = [(1 + np.arange(len(curve)), curve) for curve in np.concatenate(values)]
         draw_mean(axes, series, config, label=f"{condition} (n = {len(series)})")
-        for source, marker in zip(KNOWN, "*s", strict=True):
-            if accuracy := known(source, config, config.order):
-                look = {"marker": marker, "linestyle": "", "markerfacecolor": "none"}
-                look["markeredgewidth"] = 1.6
-                size_and_colour = {"markersize": 12 - 2 * i, "color": COLOURS[config.variant]}
-                axes.plot(config.inner_steps, accuracy, **look, **size_and_colour)
-                axes.plot([], [], color="0.4", label=source, **look)
     axes.set(xlabel="inner steps", ylabel="test accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     caption = (
         "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one "
-        "standard deviation. Marks, in the colours of the variants: what others report after the "
-        "last step."
+        "standard deviation."
     )
     return figure, caption
 
 
 def draw_rates(conditions, config):
-    """Learned inner learning rate and momentum, over outer steps and over inner steps."""
-    figure, panels = new_figure(config, 5.4, 2, 2, sharey="col")
+    """Learned inner learning rate and momentum."""
+    figure, panels = new_figure(config, 3.2, 1, 2)
     names = {"lr": "inner learning rate", "momentum": "momentum"}
-    for (top, bottom), (key, name) in zip(panels.T, names.items(), strict=True):
-        log = key == "lr"
+    for axes, (key, name) in zip(panels, names.items(), strict=True):
         for condition, runs in conditions.items():
-            logs = [run.log for run in runs if run.log and run.log[key].size]
-            if logs:
-                look = {"config": runs[0].config, "log": log, "label": condition}
-                over_outer = [(x["error"][0], x[key].mean(1)) for x in logs]
-                over_inner = [(1 + np.arange(x[key].shape[1]), x[key][-1]) for x in logs]
-                draw_mean(top, over_outer, **look)
-                draw_mean(bottom, over_inner, **look)
-        top.set(xlabel="outer steps", ylabel=name)
-        bottom.set(xlabel="inner step", ylabel=name)
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-        if log:
-            logarithmic(top, top.yaxis)
-            logarithmic(bottom, bottom.yaxis)
+            curves = [run.log[key] for run in runs if run.log]
+            if curves:
+                series = [(1 + np.arange(len(curve)), curve) for curve in curves]
+                draw_mean(axes, series, runs[0].config, log=key == "lr", label=condition)
+        axes.set(xlabel="inner step", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    logarithmic(panels[0], panels[0].yaxis)
     caption = (
-        "Above: over outer steps, mean over inner steps. Below: over inner steps, at the last "
-        "validation. Bands: one standard deviation over seeds, of the learning rate's logarithm."
+        "At the last validation; bands: one standard deviation over seeds, of the learning rate's "
+        "logarithm."
     )
     return figure, caption
 

@@ -120,10 +120,7 @@ def test_training_and_rates(tmp_path):
         error, [(step, 0.25 / (1 + step)) for step in range(5)]
     )  # geometric: 1/2 and 1/8
     np.testing.assert_allclose(loss, [(step, 2 / step) for step in range(1, 5)])
-    lr, _, inner_lr, inner_momentum = map(curve, analyze.draw_rates(*read(tmp_path))[0].axes)
-    np.testing.assert_allclose(
-        lr, [(step, 0.04) for step in range(5)]
-    )  # geometric mean of 0.02 and 0.08
+    inner_lr, inner_momentum = map(curve, analyze.draw_rates(*read(tmp_path))[0].axes)
     np.testing.assert_allclose(inner_lr, [(1, 0.02), (2, 0.04), (3, 0.06)])
     np.testing.assert_allclose(inner_momentum[:, 1], 0.9)
 
@@ -153,9 +150,8 @@ def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
     )  # median of .4, .6, .5, .7
     known = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "s"]
     assert known == [[[0.973, 0]], [[0.763, 1]]]  # of `learned` alone
-    curve, *marks = analyze.draw_steps(*read(tmp_path))[0].axes[0].lines
+    curve = analyze.draw_steps(*read(tmp_path))[0].axes[0].lines[0]
     np.testing.assert_allclose(curve.get_xydata(), [(1 + t, 0.2 * t) for t in range(20)])
-    assert [x.get_xydata().tolist() for x in marks if x.get_marker() == "s"] == [[[20, 0.973]], []]
     for changes in (
         {"dataset": "kmnist"},
         {"outer_steps": 400},
@@ -182,10 +178,6 @@ def test_teachers_trained_under_an_order(tmp_path):
     kinds, config = read(tmp_path)
     assert list(kinds) == ["learned", "learned-batch-shuffled", "learned-all-shuffled", "random"]
     axes = analyze.draw_training(kinds, config)[0].axes[0]
-    marks = [
-        x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "*" and len(x.get_xdata())
-    ]
-    assert marks == [[[2000, pytest.approx(1 - x)]] for x in (0.985, 0.974, 0.969, 0.957)]
     dashes = {
         x.get_label(): (x.get_linestyle(), x.get_color())
         for x in axes.lines
