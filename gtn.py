@@ -990,9 +990,11 @@ def save(folder, teacher, optimizer, data, step, log):
         "mean": data.mean.cpu(),
         "std": data.std.cpu(),
     }
-    write(folder / "checkpoint.pt", content | {"optimizer": optimizer.state_dict(), "log": log})
-    write(folder / "teacher.pt", content)
-    write(folder / "log.jsonl", log)
+    checkpoint = content | {"optimizer": optimizer.state_dict(), "log": log}
+    files = {"log.jsonl": log, "teacher.pt": content, "checkpoint.pt": checkpoint}
+    # the checkpoint comes last, when the others are written; at first no others may be without it
+    for name in files if step else reversed(files):
+        write(folder / name, files[name])
 
 
 def validate(teacher, data):
@@ -1027,7 +1029,7 @@ def train(config, data, folder, resume=False, init=None):
             about = {"config": dataclasses.asdict(config), "environment": origin}
             write(folder / "config.json", about | {"data_sha256": data.sha256})
             log.append(log_line("validation", step, started, **validate(teacher, data)))
-        save(folder, teacher, optimizer, data, step, log)
+            save(folder, teacher, optimizer, data, step, log)
         saved = time.monotonic()
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
