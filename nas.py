@@ -300,10 +300,8 @@ def costs(lines, settings):
     preparation["teacher"] = settings["teacher_seconds"]
     for name, once in preparation.items():
         if once is not None:  # an old teacher.pt does not know how long it was trained
-            saved = seconds["truth"]["mean"] - seconds[name]["mean"]
             seconds[name]["once"] = once
             seconds[name]["shared"] = seconds[name]["mean"] + once / len(lines)
-            seconds[name]["pays from"] = math.ceil(once / saved) if saved > 0 else None
     return seconds
 
 
@@ -365,11 +363,9 @@ def report(result):
         print(f"no intervals: they need {ENOUGH} architectures\n")
     teacher = result["seconds"]["teacher"]
     if "once" in teacher:
-        verdict = "more expensive than full training"
-        if teacher["pays from"]:
-            verdict = f"cheaper than full training from {teacher['pays from']} architectures on"
-        shared = f"its share makes it {teacher['shared']:.3g} s for each"
-        print(f"training the teacher took {teacher['once']:.0f} s, {shared}: {verdict}")
+        shared = f"{teacher['shared']:.3g} s for each architecture"
+        full = f"{result['seconds']['truth']['mean']:.3g} s by full training"
+        print(f"with {teacher['once']:.0f} s of training the teacher: {shared}; {full}")
 
 
 # ---- search ----
