@@ -277,7 +277,8 @@ def new_figure(config, height, *grid, title="", **options):
     budget = f"{config.inner_steps} inner steps x {config.batch_size} images"
     remark = ", transductive" if config.normalization == "batch" else ""
     dataset = Path(config.dataset).name
-    figure.suptitle(f"{config.name}: {dataset}, {budget}{remark}{title}", size=11)
+    text = f"{config.name}: {dataset}, {budget}{remark}{title}"
+    figure.suptitle(text, size=11, parse_math=False)
     return figure, figure.subplots(*grid, **options)
 
 
@@ -554,7 +555,8 @@ def draw_images(run):
     legible = width * inches / N > 0.09 * len(str(labels.max().item()))
     texts = labels[0].tolist() if same and legible else [""] * N
     axes.set_xticks((np.arange(N) + 0.5) * width / N, texts)
-    axes.set_yticks((np.arange(T) + 0.5) * height / T, steps + 1)
+    rows = steps + 1 if height * inches / T > 0.12 else [""] * T
+    axes.set_yticks((np.arange(T) + 0.5) * height / T, rows)
     axes.set(xlabel="label" if same else "sorted by label", ylabel="inner step")
     axes.grid(visible=False)
     columns = f"{N} of the {config.batch_size} images of the batch"

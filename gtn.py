@@ -202,23 +202,24 @@ def draw_glyphs(count, fonts, seed):
     return images.clamp(0, 1), labels
 
 
-def to_tensors(images, labels):
+def to_tensors(images, labels, name=""):
     """Images [N, C, H, W] in 0..1 and labels [N], of arrays [N, H, W] or [N, H, W, C], and [N].
 
     Raises ValueError for arrays that cannot be used.
     """
     images = np.asarray(images)
     labels = np.asarray(labels)
-    N, *sides = images.shape[:3]
     channels = images.shape[3:]
     if images.dtype != np.uint8 or images.ndim < 3 or channels not in ((), (1,), (3,)):
-        raise ValueError("images must be uint8 of 1 or 3 channels, [N, H, W] or [N, H, W, C]")
+        must_be = "must be uint8 of 1 or 3 channels, [N, H, W] or [N, H, W, C]"
+        raise ValueError(f"{name}images {must_be}")
+    N, *sides = images.shape[:3]
     fitting = [min(max(4 * round(side / 4), 8), 128) for side in sides]
     if sides != fitting:
-        must_be = "images must have sides of 8 to 128 pixels, multiples of 4"
-        raise ValueError("{}: {} x {} would do".format(must_be, *fitting))
+        must_have = "must have sides of 8 to 128 pixels, multiples of 4"
+        raise ValueError("{}images {}: {} x {} would do".format(name, must_have, *fitting))
     if N == 0 or labels.dtype.kind not in "iu" or labels.shape not in ((N,), (N, 1)):
-        raise ValueError(f"labels must be {N:,} whole numbers, one for each image")
+        raise ValueError(f"{name}labels must be {N:,} whole numbers, one for each image")
     images = torch.from_numpy(images).float() / 255
     images = images.permute(0, 3, 1, 2) if channels else images[:, None]
     return images, torch.from_numpy(labels.astype(np.int64).reshape(N))
@@ -243,14 +244,14 @@ def download(dataset, folder):
 
 
 def read_npz(path):
-    """Parts (images, labels) of a file: training, validation if it has any, test."""
-    with reading(path), np.load(path) as file:  # executes nothing
-        names = [x for x in ("train", "val", "test") if x != "val" or "val_images" in file]
-        parts = [to_tensors(file[f"{name}_images"], file[f"{name}_labels"]) for name in names]
-    if len(parts) == 2:
-        with seeded(0):
-            order = torch.randperm(len(parts[0][1]))
-        parts[0] = [x[order] for x in parts[0]]
+    """Parts (images, labels) of a file, shuffled: training, validation if it has any, test."""
+    parts = []
+    with reading(path), np.load(path) as file, seeded(0):  # executes nothing
+        has_validation = {"val_images", "val_labels"} & {*file}
+        for name in ("train_", "val_", "test_") if has_validation else ("train_", "test_"):
+            part = to_tensors(file[f"{name}images"], file[f"{name}labels"], name)
+            order = torch.randperm(len(part[1]))  # else the first of many may be of one class
+            parts.append([x[order] for x in part])
     return parts
 
 
@@ -266,6 +267,9 @@ def load_data(dataset, folder, device):
         parts = download(dataset, folder)
     else:
         path = Path(dataset)
+        elsewhere = Path(folder, path.name)
+        if elsewhere.exists() and not path.exists():
+            path = elsewhere
         parts = read_npz(path)
         validation_size = math.ceil(len(parts[0][1]) / 6)
         sha256 = sha256_of(path)
@@ -278,11 +282,13 @@ def load_data(dataset, folder, device):
     if classes not in range(2, 1001) or not all(
         0 <= labels.amin() <= labels.amax() < classes for _, labels in parts
     ):
-        must_be = "labels must be 0 to K - 1, each met in training, of K = 2 to 1,000 classes"
+        must_be = "labels must be 0 to K - 1, of 2 to 1,000 classes, each left for training"
         raise InputError(f"{dataset}: {must_be}")
     std, mean = torch.std_mean(images, dim=(0, 2, 3))
-    if std.amin() == 0 or len({images.shape[1:] for images, _ in parts}) > 1:
-        raise InputError(f"{dataset}: images must be of one size, and not all the same")
+    if std.amin() == 0:
+        raise InputError(f"{dataset}: a channel is the same in all pixels of all images")
+    if len({images.shape[1:] for images, _ in parts}) > 1:
+        raise InputError(f"{dataset}: images must be of one size")
     splits = []
     for images, labels in parts:
         images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
@@ -888,7 +894,7 @@ def read_teacher(path, device="cpu", data=None):
         if here != there or pixels.abs().max() > 1e-3:
             images = f"other images than this {config.dataset}"
             raise InputError(f"{path} was trained on {images}: see --data")
-    curriculum = Curriculum(*(x.to(device) for x in curriculum))
+    curriculum = Curriculum(*(x.detach().to(device) for x in curriculum))
     return teacher.to(device), content | {"curriculum": curriculum}
 
 
@@ -923,7 +929,8 @@ def begin(config, data, folder, resume, init=None):
     if config.meta_batch_size > size:
         raise InputError(f"meta_batch_size: must be at most {size:,}, all images for training")
     if config.inner_steps * config.batch_size < data.classes:
-        raise InputError(f"batch_size: inner steps must show {data.classes} classes")
+        must_be = f"must be at least {data.classes}, an image of each class"
+        raise InputError(f"inner_steps * batch_size {must_be}")
     if RANK == 0:
         refuse_other_run(config, folder, resume)
     content = {"step": 0, "log": []}
@@ -935,13 +942,13 @@ def begin(config, data, folder, resume, init=None):
         with seeded(config.seed, TEACHER):
             teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
         if init:
-            phi = read_teacher(init)[0].state_dict()
+            source = read_teacher(init)[0]
             try:
-                teacher.load_state_dict(phi)
+                teacher.load_state_dict(source.state_dict())
             except RuntimeError:
-                raise InputError(
-                    f"--init {init}: must be of this variant and these sizes"
-                ) from None
+                source.classes = None
+            if source.classes != data.classes:
+                raise InputError(f"--init {init}: must be of this variant and these sizes")
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
@@ -984,7 +991,7 @@ def save(folder, teacher, optimizer, data, step, log):
         "step": step,
         "seconds": log[-1]["seconds"],
         "teacher": {name: x.cpu() for name, x in teacher.state_dict().items()},
-        "curriculum": {name: x.cpu().clone() for name, x in curriculum.items()},
+        "curriculum": {name: x.detach().cpu().clone() for name, x in curriculum.items()},
         "classes": data.classes,
         "data_sha256": data.sha256,
         "mean": data.mean.cpu(),

@@ -59,7 +59,7 @@ def sample_architectures(space, classes, count, *key):
             repeated = repeated + 1 if architecture in sampled else 0
             sampled[architecture] = None
     if len(sampled) < count:
-        has = f"the space of {space.name} has {len(sampled)}"
+        has = f"the space of {space.name} has {len(sampled)}, see --space"
         raise gtn.InputError(f"--architectures {count}: {has}")
     return [*sampled]
 

@@ -146,6 +146,18 @@ def test_validation_is_a_sixth_of_training_if_the_file_has_none(tmp_path):
     assert data.train.images.std() == pytest.approx(1, abs=1e-4)
 
 
+def test_images_that_are_sorted_by_class_are_shuffled(tmp_path):
+    """The first of validation and test count, in validation and after each inner step."""
+    order = np.argsort(COLOUR["train_labels"].flatten(), kind="stable")
+    np.savez(tmp_path / "my.npz", **{key: x[order] for key, x in COLOUR.items()})
+    data = gtn.load_data("moved/my.npz", tmp_path, torch.device("cpu"))  # found in the folder
+    for split in data[:3]:
+        assert gtn.first(split, 30).labels.bincount().min() > 3
+        brightness = split.images.mean((1, 2, 3))
+        means = [brightness[split.labels == k].mean() for k in range(3)]
+        assert means == sorted(means)  # each image has its own label still
+
+
 def test_torchvision_s_last_10_000_images_are_for_validation(monkeypatch):
     class CIFAR10:
         def __init__(self, folder, train, download):
@@ -179,24 +191,29 @@ DAMAGES = [
     (changed(test_labels=None), "test_labels is not a file in the archive"),
     (changed(train_images=None), "train_images is not a file in the archive"),
     (changed(val_labels=None), "val_labels is not a file in the archive"),
+    (changed(val_images=None), "val_images is not a file in the archive"),
     (changed(train_images=images.astype(object)), "allow_pickle=False"),
-    (changed(train_images=images / 255), "images must be uint8"),
-    (changed(train_images=images.astype(np.int8)), "images must be uint8"),
-    (changed(train_images=images / np.nan), "images must be uint8"),
-    (changed(train_images=np.repeat(images, 2, 3)[..., :4]), "of 1 or 3 channels"),
-    (changed(train_images=images[0, 0]), "images must be uint8"),
+    (changed(train_images=images / 255), "train_images must be uint8"),
+    (changed(train_images=images.astype(np.int8)), "train_images must be uint8"),
+    (changed(train_images=images / np.nan), "train_images must be uint8"),
+    (
+        changed(train_images=np.repeat(images, 2, 3)[..., :4]),
+        "train_images must be uint8 of 1 or 3 channels",
+    ),
+    (changed(train_images=images[0, 0, 0, 0]), "train_images must be uint8"),
+    (changed(train_images=images[0, 0]), "train_images must be uint8"),
     (changed(train_images=images[:, :18]), "multiples of 4: 16 x 24 would do"),
     (changed(train_images=np.repeat(images, 7, 1)), "8 to 128 pixels, multiples of 4: 128 x 24"),
     (changed(train_images=images[:, :4]), "multiples of 4: 8 x 24 would do"),
     (changed(test_images=images[..., 0]), "images must be of one size"),
-    (changed(train_images=0 * images), "not all the same"),
-    (changed(train_images=images[:-1]), "labels must be 119 whole numbers"),
-    (changed(train_labels=COLOUR["train_labels"] / 1), "labels must be 120 whole numbers"),
-    (changed(test_images=images[:0], test_labels=np.zeros(0, int)), "labels must be 0 whole"),
+    (changed(train_images=0 * images), "a channel is the same"),
+    (changed(train_images=images[:-1]), "train_labels must be 119 whole numbers"),
+    (changed(train_labels=COLOUR["train_labels"] / 1), "train_labels must be 120 whole numbers"),
+    (changed(test_images=images[:0], test_labels=np.zeros(0, int)), "test_labels must be 0 whole"),
     (with_label(-1), "labels must be 0 to K - 1"),
     (with_label(5), "labels must be 0 to K - 1"),
     (with_label(3, "test_labels"), "labels must be 0 to K - 1"),
-    (changed(train_labels=0 * COLOUR["train_labels"]), "K = 2 to 1,000"),
+    (changed(train_labels=0 * COLOUR["train_labels"]), "of 2 to 1,000 classes"),
     (changed(train_images=images[:9], train_labels=COLOUR["train_labels"][:9]), "at most 9"),
 ]
 
@@ -238,4 +255,4 @@ def test_what_is_no_file_of_images(tmp_path, capsys, content):
 def test_more_classes_than_synthetic_images(tmp_path, capsys):
     np.savez(tmp_path / "my.npz", **GREY)
     error = refused(tmp_path, capsys, "inner_steps=2", "batch_size=5")
-    assert "batch_size: inner steps must show 12 classes" in error
+    assert "inner_steps * batch_size must be at least 12" in error

@@ -143,7 +143,16 @@ def test_a_run_from_another_teacher(run_gtn, tmp_path):
     status, _, error = run_gtn(*init, "--seed", "2", "--set", "inner_steps=4")
     assert (status, error.count("\n")) == (2, 1)
     assert f"--init {source}: must be of this variant and these sizes" in error
-    assert not (tmp_path / "runs" / "quick-learned-s2").exists()
+    gtn.write(source, gtn.read(source) | {"classes": 11})
+    assert f"cannot read {source}" in run_gtn(*init, "--seed", "2")[2]
+    pixels = [*init, "--variant", "pixels", "--seed", "2"]
+    assert run_gtn("--outer-steps", "2", "--variant", "pixels")[0] == 0
+    source = tmp_path / "runs" / "quick-pixels-s0" / "teacher.pt"
+    assert not gtn.read_teacher(source)[1]["curriculum"].images.requires_grad
+    gtn.write(source, gtn.read(source) | {"classes": 11})  # the shapes of pixels fit
+    pixels[pixels.index("--init") + 1] = source
+    assert f"--init {source}: must be of this variant and these sizes" in run_gtn(*pixels)[2]
+    assert not [*(tmp_path / "runs").glob("*-s2")]
 
 
 def start(tmp_path, steps, *more):
