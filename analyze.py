@@ -446,7 +446,7 @@ def draw_overview(groups):
         both = [conditions.get(variant, []) for variant in ("learned", "real")]
         if all(evaluated(runs, "every step") for runs in both) and both[0][0].teacher:
             columns.setdefault(both[0][0].config.dataset, conditions)
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.8 * max(len(columns), 1), 3.2), layout="constrained")
     if not columns:
         return figure, ""
     options = {"squeeze": False, "sharex": "col", "height_ratios": (1, 2.4)}
@@ -485,7 +485,7 @@ def equal_steps(accuracy, steps, accuracies):
 def draw_equivalents(runs):
     """How many real SGD steps the steps of a teacher are worth, for each data set.
 
-    Of data sets with a teacher, and with real data for more than one number of inner steps.
+    Of data sets with a teacher, and with real data for at least three numbers of inner steps.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -503,7 +503,7 @@ def draw_equivalents(runs):
         for run in tested:
             if (run.config.condition, run.config.batch_size) == kind:
                 real.setdefault(run.config.inner_steps, []).extend(run.evaluation["in order"])
-        if len(real) < 2:
+        if len(real) < 3:
             continue
         steps = sorted(real)
         mean = np.array([np.mean(real[T]) for T in steps])

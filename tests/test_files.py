@@ -332,18 +332,21 @@ def test_runs_that_cannot_be_written(run_gtn, tmp_path):
     assert (tmp_path / "runs").read_text() == "mine"
 
 
-def test_the_published_curriculum_is_a_teacher_without_a_generator(run_gtn, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dataset", "steps"), [("cifar10", 3000), ("fashion", 1000)])
+def test_a_published_curriculum_is_a_teacher_without_a_generator(
+    run_gtn, tmp_path, monkeypatch, dataset, steps
+):
     """Its pixels, rates and momenta are the curriculum; a damaged one and another data set's are
     refused."""
-    product = ROOT / "results" / "cifar10.pt"
+    product = ROOT / "results" / f"{dataset}.pt"
     assert product.stat().st_size < 8 * 10**6
     teacher, content = gtn.read_teacher(product)
     curriculum = teacher(None)
     for name, x in content["curriculum"]._asdict().items():
         torch.testing.assert_close(getattr(curriculum, name), x, rtol=1e-6, atol=0)
-    assert (teacher.config.dataset, content["step"]) == ("cifar10", 3000)
-    assert content["made_by"].startswith("variant learned, 3,000 outer steps")
-    damaged = tmp_path / "cifar10.pt"
+    assert (teacher.config.dataset, content["step"]) == (dataset, steps)
+    assert content["made_by"].startswith(f"variant learned, {steps:,} outer steps")
+    damaged = tmp_path / f"{dataset}.pt"
     damaged.write_bytes(product.read_bytes()[:-100])
     monkeypatch.setattr(gtn, "load_data", lambda *_: few_glyphs())
     for path, message in ((damaged, f"cannot read {damaged}"), (product, "other images than this")):
