@@ -148,11 +148,33 @@ def test_a_run_from_another_teacher(run_gtn, tmp_path):
     pixels = [*init, "--variant", "pixels", "--seed", "2"]
     assert run_gtn("--outer-steps", "2", "--variant", "pixels")[0] == 0
     source = tmp_path / "runs" / "quick-pixels-s0" / "teacher.pt"
-    assert not gtn.read_teacher(source)[1]["curriculum"].images.requires_grad
+    assert not gtn.read(source)["curriculum"]["images"].requires_grad
     gtn.write(source, gtn.read(source) | {"classes": 11})  # the shapes of pixels fit
     pixels[pixels.index("--init") + 1] = source
     assert f"--init {source}: must be of this variant and these sizes" in run_gtn(*pixels)[2]
     assert not [*(tmp_path / "runs").glob("*-s2")]
+
+
+def test_a_run_that_is_stopped_between_any_two_files(run_gtn, tmp_path, monkeypatch):
+    """config.json, then three files for each of two outer steps and before them."""
+    original = gtn.write
+    for stop in (2, 3, 4, 8, 9, 10):
+        written = []
+
+        def write(path, content, written=written, stop=stop):
+            written.append(path.name)
+            if len(written) == stop:
+                raise KeyboardInterrupt
+            original(path, content)
+
+        monkeypatch.setattr(gtn, "write", write)
+        assert run_gtn("--outer-steps", "2", "--seed", stop)[0] == 130
+        monkeypatch.setattr(gtn, "write", original)
+        status, _, error = run_gtn("--outer-steps", "2", "--seed", stop, "--resume")
+        assert status == 0, error
+        folder = tmp_path / "runs" / f"quick-learned-s{stop}"
+        assert gtn.read_teacher(folder / "teacher.pt")[1]["step"] == 2, written
+        assert gtn.read(folder / "log.jsonl")[-1]["step"] == 2, written
 
 
 def start(tmp_path, steps, *more):

@@ -366,7 +366,7 @@ def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
     """Real data is read after the steps of one and of all; what does not go together is refused."""
     worse, bare, other = (tmp_path / f"{name}.pt" for name in ("worse", "bare", "other"))
     content = gtn.read(teacher)
-    rates = content["teacher"]["log_lr"] - 3
+    rates = content["teacher"]["log_lr"] + 3
     gtn.write(worse, content | {"teacher": content["teacher"] | {"log_lr": rates}})
     assert search(teacher, worse, "--architectures", 4) == 0
     result = gtn.read(teacher.with_name("nas-t-s0") / "nas.json")
@@ -374,6 +374,7 @@ def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
     for line in result["architectures"]:
         assert line["teacher"] == max(line["teacher scores"])
         assert len(line["teacher scores"]) == 2
+    assert any(len(set(line["teacher scores"])) == 2 for line in result["architectures"])
     alone = tmp_path / "alone"
     assert search(worse, "--architectures", 4, "--out", alone) == 0
     scores = [line["teacher"] for line in gtn.read(alone / "nas.jsonl")]
