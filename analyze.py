@@ -147,6 +147,11 @@ def read_run(path, damaged):
     teacher = folder / "teacher.pt"
     if config.condition == "learned" and not teacher.exists():
         teacher = folder.with_name(f"{config.name}.pt")  # its curriculum, published
+
+    def read_teacher(path):
+        content = gtn.read_teacher(path)[1]
+        return content if content["config"]["seed"] == config.seed else {}
+
     return Run(
         folder,
         config,
@@ -154,7 +159,7 @@ def read_run(path, damaged):
         command=parts_of(str(origin["command"])),
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
-        teacher=attempt(damaged, teacher, lambda path: gtn.read_teacher(path)[1]),
+        teacher=attempt(damaged, teacher, read_teacher),
     )
 
 
@@ -506,8 +511,9 @@ def draw_equivalents(runs):
         if len(real) < 3:
             continue
         steps = sorted(real)
-        mean = np.array([np.mean(real[T]) for T in steps])
-        std = np.array([np.std(real[T], ddof=1) for T in steps])
+        summaries = [gtn.summary(real[T]) for T in steps]
+        mean = np.array([x["mean"] for x in summaries])
+        std = np.array([x["std"] or 0 for x in summaries])  # None of a single learner
         axes.errorbar(steps, mean, std, color=colour, marker=".", label=f"{dataset}: real data")
         accuracy = teacher.evaluation["in order"].mean()
         bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]

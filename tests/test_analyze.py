@@ -204,6 +204,8 @@ def test_overview(tmp_path):
     (tmp_path / "toy-learned-s0" / "teacher.pt").rename(product)  # its curriculum, published
     runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
     groups, _ = analyze.group_runs(runs)
+    other = analyze.read_run(make_run(tmp_path, 1) / "config.json", [])
+    assert other.teacher == {}  # the published one is of seed 0
     strip, axes = analyze.draw_overview(groups)[0].axes
     content = gtn.read(product)
     images = content["curriculum"]["images"] * content["std"] + content["mean"]
@@ -218,6 +220,7 @@ def test_overview(tmp_path):
         (row,) = [x for x in same if x["every_step"]]
         np.testing.assert_allclose(line.get_ydata(), np.mean(row["accuracies"], 0))
     (real / "evaluation.json").unlink()
+    assert groups["toy"]["learned"][0].teacher
     runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
     assert not analyze.draw_overview(analyze.group_runs(runs)[0])[0].axes
 
