@@ -11,7 +11,6 @@ import argparse
 import base64
 import collections
 import dataclasses
-import glob
 import html
 import io
 import itertools
@@ -112,29 +111,11 @@ def read_evaluation(path, T):
     evaluation = {"step": int(content["step"])}
     for row in content["rows"]:
         accuracies = np.array(row["accuracies"], float)
-        if row.get("architecture") not in (None, "as trained", "training"):
-            continue  # older files have others
-        if row.get("every_step") or row["order"] == "every step":  # older files: an order
+        if row["every_step"]:
             evaluation["every step"] = accuracies.reshape(-1, T)
         else:
             evaluation[row["order"]] = accuracies.reshape(-1)
     return evaluation
-
-
-def files_below(folder, name):
-    """Paths of all files of that name, each once, also in folders that are links."""
-    paths = glob.glob(f"{glob.escape(str(folder))}/**/{name}", recursive=True)
-    each = {Path(path).resolve(): Path(path) for path in sorted(paths, reverse=True)}
-    return sorted(each.values())
-
-
-def parts_of(command):
-    """The parts of a command line as a run recorded it, without --resume."""
-    try:
-        parts = shlex.split(command)
-    except ValueError:  # an older file, whose command was not quoted for a shell
-        parts = command.split()
-    return [part for part in parts if part != "--resume"]
 
 
 def read_run(path, damaged):
@@ -156,7 +137,7 @@ def read_run(path, damaged):
         folder,
         config,
         device=str(origin["device"]),
-        command=parts_of(str(origin["command"])),
+        command=[part for part in shlex.split(origin["command"]) if part != "--resume"],
         log=attempt(damaged, folder / "log.jsonl", read_log, T),
         evaluation=attempt(damaged, folder / "evaluation.json", read_evaluation, T),
         teacher=attempt(damaged, teacher, read_teacher),
@@ -191,22 +172,13 @@ def group_runs(runs):
 
 
 def next_command(run):
-    """A line with what a run lacks and the command that supplies it, or None."""
-    step = run.log.get("step", 0)
-    if run.log and step < run.config.outer_steps:
-        progress = f"{step:,} of {run.config.outer_steps:,} outer steps"
-        return f"{run.folder}: {progress}: {shlex.join([*run.command, '--resume'])}"
-    if run.teacher and (
-        run.evaluation.get("step", -1) < step or "every step" not in run.evaluation
-    ):
-        command = ["python", "gtn.py", "--evaluate", str(run.folder / "teacher.pt")]
-        for part, following in zip(run.command, [*run.command[1:], ""], strict=True):
-            if part.startswith("--data="):
-                command.append(part)
-            elif part == "--data":
-                command += [part, following]
-        return f"{run.folder}: no whole evaluation.json: {shlex.join(command)}"
-    return None
+    """A line that says how far an unfinished run is, and the command that continues it; or None."""
+    steps = run.config.outer_steps
+    step = run.log.get("step", steps)
+    if step == steps and run.evaluation:
+        return None
+    command = shlex.join([*run.command, "--resume"])
+    return f"{run.folder}: not finished, {step:,} of {steps:,} outer steps: {command}"
 
 
 # ---- tables ----
@@ -775,7 +747,7 @@ def main(arguments):
     for path in (out / "README.md", out / "report.html"):
         if path.exists() and MADE not in path.read_text("utf-8", errors="replace"):
             raise gtn.InputError(f"{path} was not made by analyze.py: choose another --out")
-    paths = files_below(folder, "config.json")
+    paths = sorted(folder.rglob("config.json"))
     runs = [run for path in paths if (run := attempt(damaged, path, read_run, damaged))]
     groups, remarks = group_runs(runs)
     command = shlex.join(["python", "analyze.py", *arguments])
@@ -791,9 +763,9 @@ def main(arguments):
             blocks.append(image_block(draw.__name__[5:], figure, caption))
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
-    for path in files_below(folder, "robustness.json"):
+    for path in sorted(folder.rglob("robustness.json")):
         blocks += attempt(damaged, path, robustness_blocks, folder)
-    for path in files_below(folder, "nas.json"):
+    for path in sorted(folder.rglob("nas.json")):
         blocks += attempt(damaged, path, search_blocks, folder)
     pictures = sum(kind == "img" for kind, *_ in blocks)
     if pictures == 0:

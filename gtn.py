@@ -229,16 +229,12 @@ def download(dataset, folder):
     """Parts (images, labels) of a data set of torchvision: training and test."""
     name = DATASETS[dataset]
     place = Path(folder, "cifar-10-batches-py" if dataset == "cifar10" else f"{name}/raw")
-    missing = [path for path in (place, *place.parents) if not path.exists()]
     try:
         with reading(place), contextlib.redirect_stdout(io.StringIO()):
             load = functools.partial(getattr(datasets, name), folder, download=True)
             parts = [load(train=training) for training in (True, False)]
             return [to_tensors(part.data, part.targets) for part in parts]
     except InputError as error:
-        for made in missing:
-            with contextlib.suppress(OSError):
-                made.rmdir()
         advice = "put its files there, or choose --data DIR or --config quick"
         raise InputError(f"{error}: {advice}") from None
 
@@ -918,11 +914,8 @@ def environment(device):
 # ---- training and testing ----
 
 
-def begin(config, data, folder, resume, init=None):
-    """A new run, or the one in the folder: (teacher, optimizer, outer steps done, log).
-
-    A new run starts from the phi of the teacher in the file `init`, if there is one.
-    """
+def begin(config, data, folder, resume):
+    """A new run, or the one in the folder: (teacher, optimizer, outer steps done, log)."""
     image_shape = data.train.images.shape[1:]
     check_depth(config, data)
     size = len(data.train.labels)
@@ -941,14 +934,6 @@ def begin(config, data, folder, resume, init=None):
     else:
         with seeded(config.seed, TEACHER):
             teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
-        if init:
-            source = read_teacher(init)[0]
-            try:
-                teacher.load_state_dict(source.state_dict())
-            except RuntimeError:
-                source.classes = None
-            if source.classes != data.classes:
-                raise InputError(f"--init {init}: must be of this variant and these sizes")
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
@@ -1020,9 +1005,9 @@ def log_line(event, step, started, **fields):
     return {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
 
 
-def train(config, data, folder, resume=False, init=None):
+def train(config, data, folder, resume=False):
     """Meta-train to the end of the schedule. Raises InputError if training diverges."""
-    teacher, optimizer, step, log = begin(config, data, folder, resume, init)
+    teacher, optimizer, step, log = begin(config, data, folder, resume)
     replay = None
     if data.mean.is_cuda and config.cuda_graph and cuda_graph_possible(config):
         replay = capture_graph(teacher, data)
@@ -1041,11 +1026,9 @@ def train(config, data, folder, resume=False, init=None):
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
             if not math.isfinite(sum(result)):
-                advice = "reduce inner_lr or momentum, then outer_lr"
-                if step > 1:
-                    advice = f"reduce outer_lr; --init {folder}/teacher.pt goes on from here"
+                reduce = "inner_lr or momentum" if step == 1 else "outer_lr"
                 raise InputError(
-                    f"outer step {step} diverged: in a new run (--set name=NAME ...), {advice}"
+                    f"outer step {step} diverged: reduce {reduce} in a new run (--set name=NAME)"
                 )
             log.append(log_line("step", step, started, **result._asdict()))
             last = step == config.outer_steps
@@ -1232,7 +1215,6 @@ def main(arguments=None):
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
-    add("--init", type=Path, metavar="TEACHER.pt", help="start a new run from its phi")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="evaluate it instead of training")
     add("--learners", type=int, help="for each order, with --evaluate (default: 100)")
     args = parser.parse_args(arguments)
@@ -1240,14 +1222,14 @@ def main(arguments=None):
         parser.error("--learners: must be at least 1, and goes with --evaluate")
     device = choose_device(args.device)
     if args.evaluate:
-        if args.set or args.config or args.runs or args.init:
+        if args.set or args.config or args.runs:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
         return evaluate_file(args.evaluate, args.learners or 100, data, device)
     config = make_config(args.config or "quick", args.set)
     folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)
-    train(config, data, folder, args.resume, args.init)
+    train(config, data, folder, args.resume)
     if RANK == 0:
         print(f"{folder}: {config.outer_steps} outer steps")
     if WORLD > 1:

@@ -65,12 +65,10 @@ def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **change
         )
     gtn.write(folder / "log.jsonl", log)
     tests = {order: [x + 0.1 * seed for x in test] for order, test in TESTS.items()}
-    names = {"architecture": "as trained", "every_step": False}
-    rows = [names | {"order": order} | gtn.summary(test) for order, test in tests.items()]
+    name = {"every_step": False}
+    rows = [name | {"order": order} | gtn.summary(test) for order, test in tests.items()]
     curves = [[k * t / 10 for t in range(T)] for k in (1, 3)]
-    rows.append(names | {"order": config.order, "every_step": True} | gtn.summary(curves))
-    names["architecture"] = "half width"
-    rows.append(names | {"order": "in order"} | gtn.summary([0.0, 0.0]))
+    rows.append({"order": config.order, "every_step": True} | gtn.summary(curves))
     gtn.write(folder / "evaluation.json", origin | {"step": steps, "rows": rows})
     if teacher:
         torch.manual_seed(seed)
@@ -294,19 +292,6 @@ def test_the_images_of_a_long_curriculum_fit_on_a_page(tmp_path):
     assert "20 of 58 inner steps" in caption
 
 
-def test_an_older_evaluation_is_read(tmp_path):
-    old = {"training": "in order", "double width": "in order"}
-    rows = [{"architecture": name, "order": x, "accuracies": [0.5]} for name, x in old.items()]
-    rows.append({"architecture": "training", "order": "every step", "accuracies": [[0.1, 0.2]]})
-    gtn.write(tmp_path / "evaluation.json", {"step": 3, "rows": rows})
-    evaluation = analyze.read_evaluation(tmp_path / "evaluation.json", 2)
-    assert {key: np.array(x).tolist() for key, x in evaluation.items()} == {
-        "step": 3,
-        "in order": [0.5],
-        "every step": [[0.1, 0.2]],
-    }
-
-
 def test_commands_are_quoted_for_a_shell(tmp_path):
     folder = make_run(tmp_path, steps=2, teacher=True)
     content = gtn.read(folder / "config.json")
@@ -314,21 +299,20 @@ def test_commands_are_quoted_for_a_shell(tmp_path):
     content["environment"]["command"] = shlex.join([*command, "--resume"])
     gtn.write(folder / "config.json", content)
     run_of = analyze.read_run(folder / "config.json", [])
-    assert analyze.next_command(run_of).endswith(": " + shlex.join([*command, "--resume"]))
-    finished = run_of._replace(log={"step": 4}, evaluation={})
-    evaluate = ["python", "gtn.py", "--evaluate", str(folder / "teacher.pt"), "--data", "my data"]
-    assert analyze.next_command(finished).endswith(": " + shlex.join(evaluate))
+    resume = ": " + shlex.join([*command, "--resume"])
+    assert analyze.next_command(run_of).endswith(resume)
+    finished = run_of._replace(log={"step": 4})
+    assert analyze.next_command(finished) is None
+    assert analyze.next_command(finished._replace(evaluation={})).endswith(resume)
 
 
-def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monkeypatch):
+def test_pictures_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)
     for name in ("a", "b"):
         (tmp_path / "runs" / name / "nas").mkdir(parents=True)
         source = ROOT / "results" / "widths" / "nas.json"
         (tmp_path / "runs" / name / "nas" / "nas.json").write_bytes(source.read_bytes())
-    linked = make_run(tmp_path / "elsewhere")
-    (tmp_path / "runs" / "link").symlink_to(linked)
-    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    make_run(tmp_path / "runs")
     out = tmp_path / "out"
     assert run("--runs", tmp_path / "runs", "--out", out) == 0
     names = ["a-nas-ranking", "b-nas-ranking"]
@@ -413,10 +397,8 @@ def test_command_line_pages_and_default_folder(tmp_path):
     make_run(tmp_path, variant="real", steps=2)
     result, out = shell("--runs", tmp_path, script="analyze.py"), tmp_path / "figures"
     assert (result.returncode, result.stderr) == (0, "")
-    assert (
-        "toy-real-s0: 2 of 4 outer steps: python gtn.py --variant real --seed 0 --resume\n"
-        in result.stdout
-    )
+    resume = "python gtn.py --variant real --seed 0 --resume\n"
+    assert f"toy-real-s0: not finished, 2 of 4 outer steps: {resume}" in result.stdout
     names = "training", "orders", "steps", "rates", "learned-s0-images"
     pictures = {"overview.png", *(f"toy-{name}.png" for name in names)}
     assert {path.name for path in out.iterdir()} == {*pictures, "README.md", "report.html"}
