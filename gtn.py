@@ -881,8 +881,9 @@ def read_teacher(path, device="cpu", data=None):
             [x.shape for x in tensors] != expected
             or not all(x.dtype == torch.float32 and x.isfinite().all() for x in floats)
             or content["step"] not in range(config.outer_steps + 1)
+            or content["seconds"] < 0
         ):
-            raise ValueError("step or tensors do not fit the config")
+            raise ValueError("step, seconds or tensors do not fit the config")
     if data:
         here = data.train.images.shape[1:], data.classes, data.sha256
         there = image_shape, teacher.classes, content.get("data_sha256")

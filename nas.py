@@ -292,16 +292,12 @@ def conclude(lines, settings):
 
 def costs(lines, settings):
     """Seconds of each method for an architecture, and with its preparation shared out."""
+    preparation = {"teacher": settings["teacher_seconds"], "truth": 0}
+    preparation |= {name: control["seconds"] for name, control in settings["controls"].items()}
     seconds = {}
-    for name in ("teacher", *settings["controls"], "truth"):
-        mean = float(np.mean([x["seconds"][name] for x in lines]))
-        seconds[name] = {"mean": mean}
-    preparation = {name: control["seconds"] for name, control in settings["controls"].items()}
-    preparation["teacher"] = settings["teacher_seconds"]
     for name, once in preparation.items():
-        if once is not None:  # an old teacher.pt does not know how long it was trained
-            seconds[name]["once"] = once
-            seconds[name]["shared"] = seconds[name]["mean"] + once / len(lines)
+        mean = float(np.mean([x["seconds"][name] for x in lines]))
+        seconds[name] = {"mean": mean, "shared": mean + once / len(lines)}
     return seconds
 
 
@@ -328,25 +324,25 @@ def architecture_table(lines):
 def ranking_table(result):
     """Rows of text, the header first: how well each method ranks, and at what cost."""
     header = ["Spearman with the truth", "all", "better half", "own top half", "given both sizes"]
-    header += ["teacher minus it", "seconds", "test accuracy of its best", f"of {FIRST}"]
+    header += ["teacher minus it", "seconds", "with preparation"]
+    header += ["test accuracy of its best", f"of {FIRST}"]
     table = [header]
     for name, row in result["correlations"].items():
         method = "truth" if name == "ceiling" else name
         everywhere = row["spearman"]["all"]
         halves = [row["spearman"].get(subset) for subset in ("top half", "own half")]
         estimates = everywhere, *halves, row["partial"]["all"]
-        cost = result["seconds"].get(method)
-        best = result["best"].get(method)
+        cost = result["seconds"].get(method, {})
+        best = result["best"].get(method, {})
         cells = [name, *map(interval, estimates)]
         cells.append(interval(everywhere["teacher minus this"]))
-        cells.append(f"{cost['mean']:.3g}" if cost else "-")
-        for key in ("test", "first"):
-            cells.append(f"{best[key]:.4f}" if best and key in best else "-")
+        cells += [f"{cost[key]:.3g}" if key in cost else "-" for key in ("mean", "shared")]
+        cells += [f"{best[key]:.4f}" if key in best else "-" for key in ("test", "first")]
         table.append(cells)
     random = result["best"]["random"]
     picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**random)
     first = f"{random['first']:.4f}" if "first" in random else "-"
-    return [*table, ["random pick", *"------", picks, first]]
+    return [*table, ["random pick", *"-------", picks, first]]
 
 
 def report(result):
@@ -360,12 +356,7 @@ def report(result):
             print("  ".join(cells).rstrip())
         print()
     if len(result["architectures"]) < ENOUGH:
-        print(f"no intervals: they need {ENOUGH} architectures\n")
-    teacher = result["seconds"]["teacher"]
-    if "once" in teacher:
-        shared = f"{teacher['shared']:.3g} s for each architecture"
-        full = f"{result['seconds']['truth']['mean']:.3g} s by full training"
-        print(f"with {teacher['once']:.0f} s of training the teacher: {shared}; {full}")
+        print(f"no intervals: they need {ENOUGH} architectures")
 
 
 # ---- search ----
@@ -419,12 +410,11 @@ def begin(folder, settings, resume, space, config, data):
 
 def describe(args, contents, config, space, device):
     """What search.json says of a search, as JSON has it."""
-    seconds = [content.get("seconds") for content in contents]  # unknown to older files
     fields = "filters kernels pooling normalization hidden_units name least_blocks".split()
     settings = {
         "teachers": [*map(str, args.teachers)],
         "sha256": [*map(gtn.sha256_of, args.teachers)],
-        "teacher_seconds": None if None in seconds else sum(seconds),
+        "teacher_seconds": sum(content["seconds"] for content in contents),
         "config": vars(config),
         "seed": args.seed,
         "space": {name: getattr(space, name) for name in fields},

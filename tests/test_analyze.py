@@ -388,8 +388,8 @@ def test_ranking():
     table = {row[0]: row[1:] for row in nas.ranking_table(search)}
     # an older file has nothing of a half by own score, nor of the first five
     intervals = "0.69 [0.49, 0.84]", "0.05 [-0.32, 0.48]", "-", "0.22 [0.02, 0.45]"
-    assert table["teacher"] == [*intervals, "0.00 [0.00, 0.00]", "0.822", "0.9916", "-"]
-    assert table["multiply_adds"][2:] == ["-", "-", "-0.02 [-0.11, 0.07]", "-", "0.9911", "-"]
+    assert table["teacher"] == [*intervals, "0.00 [0.00, 0.00]", "0.822", "-", "0.9916", "-"]
+    assert table["multiply_adds"][2:] == ["-", "-", "-0.02 [-0.11, 0.07]", "-", "-", "0.9911", "-"]
 
 
 def test_command_line_pages_and_default_folder(tmp_path):
