@@ -542,11 +542,11 @@ def draw_images(run):
 
 
 def draw_search(search):
-    """A teacher's accuracy against full training, and what rankings cost and are worth."""
+    """A teacher's accuracy against full training, and how well each method ranks."""
     config = gtn.Config(**search["config"])
     rows = search["architectures"]
     title = f"\n{len(rows)} architectures, space {search['space']['name']}"
-    figure, (top, bottom) = new_figure(config, 6.8, 2, title=title)
+    figure, (top, bottom) = new_figure(config, 7.2, 2, title=title)
     by_teacher = [row["teacher"] for row in rows]
     truth = [np.mean([repeat["validation"] for repeat in row["truth"]]) for row in rows]
     colours = {"c": [row["multiply_adds"] for row in rows], "norm": "log", "cmap": "viridis"}
@@ -555,55 +555,40 @@ def draw_search(search):
     spaced_by_error(top.yaxis, top.set_yscale)
     top.set(xlabel="validation accuracy by the teacher")
     top.set(ylabel="validation accuracy\nafter full training")
-    draw_worth(bottom, search)
+    draw_correlations(bottom, search)
     full = search["truth"]
     origin = search["environment"]
     caption = (
         f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; "
-        "noise ceiling: one against another. Hollow: given both sizes. Half full: of the top half "
-        "by the method's own score. Bars: 95 % intervals. These marks and real data stand to the "
-        "right of their cost, to be seen. "
-        f"{config.condition}, seed {config.seed}; {origin['device']}; `{origin['command']}`."
+        "noise ceiling: one against another. Bars: 95 % intervals. In brackets: the time for an "
+        f"architecture. {origin['device']}; `{origin['command']}`."
     )
     return figure, caption
 
 
-def draw_worth(axes, search):
-    """Spearman's correlation of each method with full training against its cost."""
-    cost = {name: seconds["mean"] for name, seconds in search["seconds"].items()}
-    free = cost["teacher"] / 4  # set apart; and marks at the same cost would hide each other
-    places = {
-        "teacher": cost["teacher"],
-        "control": 1.3 * cost["control"],
-        "parameters": free / 1.3,
-        "multiply_adds": 1.3 * free,
-        "ceiling": cost["truth"],
+def draw_correlations(axes, search):
+    """Spearman's correlation of each method with full training, three times, with intervals."""
+    names = [name for name in METHODS if name in search["correlations"]]
+    kinds = {
+        "all": ("spearman", "all"),
+        "top half by its own score": ("spearman", "own half"),
+        "given both sizes": ("partial", "all"),
     }
-    if "control_all" in cost:
-        places["control_all"] = 1.3 * cost["control_all"]
-    fills = {
-        "full": ("spearman", "all"),
-        "none": ("partial", "all"),
-        "top": ("spearman", "own half"),
-    }
-    for (method, x), colour, marker in zip(places.items(), PALETTE, "osv^Dp", strict=False):
-        for shift, (fill, (statistic, subset)) in enumerate(fills.items()):
-            row = search["correlations"][method][statistic].get(subset)
+    labels = []
+    for y, name in enumerate(names):
+        for i, (kind, (statistic, subset)) in enumerate(kinds.items()):
+            row = search["correlations"][name][statistic].get(subset)
             if not row or row["value"] is None:
                 continue
             low, high = (row["value"] if row[x] is None else row[x] for x in ("low", "high"))
             bar = [[row["value"] - low], [high - row["value"]]]
-            label = METHODS[method] if fill == "full" else None
-            look = {"capsize": 3, "linestyle": "", "fillstyle": fill, "color": colour}
-            axes.errorbar(
-                x * 1.1**shift, row["value"], yerr=bar, marker=marker, label=label, **look
-            )
-    axes.set(xlabel="seconds for an architecture")
-    axes.set(ylabel="Spearman correlation\nwith full training")
-    logarithmic(axes, axes.xaxis)
-    axes.axvspan(free / 3, free * 2, color="0.94", zorder=0)
-    place = {"va": "center", "transform": axes.get_xaxis_transform()}
-    axes.text(free / 2.7, 0.5, "nothing trained", rotation=90, **place)
+            look = {"fmt": "osv"[i], "color": PALETTE[i], "capsize": 3, "label": kind}
+            axes.errorbar(row["value"], y + (i - 1) / 5, xerr=bar, **look)
+        cost = search["seconds"].get("truth" if name == "ceiling" else name)
+        labels.append(f"{METHODS[name]} ({cost['mean']:.3g} s)" if cost else METHODS[name])
+    axes.set_yticks(range(len(names)), labels)
+    axes.set(xlabel="Spearman correlation with full training", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
 
 
 def draw_robustness(content):
