@@ -11,6 +11,7 @@ import argparse
 import base64
 import collections
 import dataclasses
+import glob
 import html
 import io
 import itertools
@@ -100,8 +101,8 @@ def read_log(path, T):
         "meta_loss": np.array(losses, float).reshape(-1, 2).T,
         "lr": np.array(checks[-1]["lr"], float).reshape(T),
         "momentum": np.array(checks[-1]["momentum"], float).reshape(T),
-        "step": max(int(x["step"]) for x in lines),
-        "minutes": max(float(x.get("seconds", 0)) for x in lines) / 60,
+        "step": lines[-1]["step"],
+        "minutes": lines[-1]["seconds"] / 60,
     }
 
 
@@ -116,6 +117,13 @@ def read_evaluation(path, T):
         else:
             evaluation[row["order"]] = accuracies.reshape(-1)
     return evaluation
+
+
+def files_below(folder, name):
+    """Paths of all files of that name, each once, also in folders that are links."""
+    paths = glob.glob(f"{glob.escape(str(folder))}/**/{name}", recursive=True)
+    each = {Path(path).resolve(): Path(path) for path in sorted(paths, reverse=True)}
+    return sorted(each.values())
 
 
 def read_run(path, damaged):
@@ -385,7 +393,6 @@ def draw_steps(conditions, config):
         series = [(1 + np.arange(len(curve)), curve) for curve in np.concatenate(values)]
         draw_mean(axes, series, config, label=f"{condition} (n = {len(series)})")
     axes.set(xlabel="inner steps", ylabel="test accuracy")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     caption = (
         "Accuracy of n fresh learners on 1,000 test images after each inner step; bands: one "
         "standard deviation."
@@ -404,7 +411,6 @@ def draw_rates(conditions, config):
                 series = [(1 + np.arange(len(curve)), curve) for curve in curves]
                 draw_mean(axes, series, runs[0].config, log=key == "lr", label=condition)
         axes.set(xlabel="inner step", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     logarithmic(panels[0], panels[0].yaxis)
     caption = (
         "At the last validation; bands: one standard deviation over seeds, of the learning rate's "
@@ -732,7 +738,7 @@ def main(arguments):
     for path in (out / "README.md", out / "report.html"):
         if path.exists() and MADE not in path.read_text("utf-8", errors="replace"):
             raise gtn.InputError(f"{path} was not made by analyze.py: choose another --out")
-    paths = sorted(folder.rglob("config.json"))
+    paths = files_below(folder, "config.json")
     runs = [run for path in paths if (run := attempt(damaged, path, read_run, damaged))]
     groups, remarks = group_runs(runs)
     command = shlex.join(["python", "analyze.py", *arguments])
@@ -748,16 +754,16 @@ def main(arguments):
             blocks.append(image_block(draw.__name__[5:], figure, caption))
     for name, conditions in groups.items():
         blocks += run_blocks(name, conditions)
-    for path in sorted(folder.rglob("robustness.json")):
+    for path in files_below(folder, "robustness.json"):
         blocks += attempt(damaged, path, robustness_blocks, folder)
-    for path in sorted(folder.rglob("nas.json")):
+    for path in files_below(folder, "nas.json"):
         blocks += attempt(damaged, path, search_blocks, folder)
     pictures = sum(kind == "img" for kind, *_ in blocks)
     if pictures == 0:
         advice = "make a run with python gtn.py, or name another --runs"
         raise gtn.InputError(f"nothing to draw in {folder}: {advice}")
     write_pages(out, blocks)
-    remarks += filter(None, [next_command(run) for run in runs])
+    remarks += filter(None, map(next_command, runs))
     print("\n".join([*remarks, f"{pictures} figures; open {out / 'report.html'}"]))
     sys.exit(1 if damaged else 0)
 

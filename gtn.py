@@ -38,10 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
+# torchrun starts WORLD copies of this program and numbers them by RANK
 TORCHRUN = distributed.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # this process
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # how many there are
-NO_BAR = RANK > 0 or None  # for tqdm: None is where standard error is no terminal
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+NO_BAR = RANK > 0 or None  # tqdm hides its bar if True, and outside a terminal if None
 
 
 class InputError(Exception):
@@ -50,9 +51,13 @@ class InputError(Exception):
 
 # ---- config ----
 
-# a learner trains on images of a generator, whose latent input is learned, drawn once or drawn
-# for every learner; on learned pixels; on real images
-VARIANTS = ("learned", "random_fixed", "random", "pixels", "real")
+VARIANTS = (  # what a learner trains on
+    "learned",  # images of a generator, whose latent input is learned, too
+    "random_fixed",  # the same, with a latent input that is drawn once
+    "random",  # the same, with a latent input drawn anew for every learner
+    "pixels",  # images that are learned directly
+    "real",  # real images
+)
 ORDERS = ("in order", "batch-shuffled", "all-shuffled")
 DATASETS = {  # torchvision's names
     "mnist": "MNIST",
@@ -155,7 +160,8 @@ class Config:
 
 # ---- data ----
 
-# random streams, one per purpose; the second line is for nas.py
+# Random streams, one per purpose. Every draw is seeded by (seed, purpose, step, learner), never by
+# what was drawn before: so a run can be resumed, or shared by processes, and stays the same.
 TEACHER, TEST_LEARNERS, CURRICULUM, META_TRAINING = range(4)
 SHORT_TRAINING, FULL_TRAINING, ARCHITECTURES, TUNING, BOOTSTRAP = range(4, 9)
 
@@ -203,9 +209,9 @@ def draw_glyphs(count, fonts, seed):
 
 
 def to_tensors(images, labels, name=""):
-    """Images [N, C, H, W] in 0..1 and labels [N], of arrays [N, H, W] or [N, H, W, C], and [N].
+    """Images [N, C, H, W] in 0..1 and labels [N].
 
-    Raises ValueError for arrays that cannot be used.
+    From uint8 arrays [N, H, W] or [N, H, W, C], and [N] or [N, 1]; ValueError for any others.
     """
     images = np.asarray(images)
     labels = np.asarray(labels)
@@ -229,12 +235,16 @@ def download(dataset, folder):
     """Parts (images, labels) of a data set of torchvision: training and test."""
     name = DATASETS[dataset]
     place = Path(folder, "cifar-10-batches-py" if dataset == "cifar10" else f"{name}/raw")
+    missing = [path for path in (place, *place.parents) if not path.exists()]
     try:
-        with reading(place), contextlib.redirect_stdout(io.StringIO()):
-            load = functools.partial(getattr(datasets, name), folder, download=True)
-            parts = [load(train=training) for training in (True, False)]
+        with reading(place):
+            load = getattr(datasets, name)
+            parts = [load(folder, train=training, download=True) for training in (True, False)]
             return [to_tensors(part.data, part.targets) for part in parts]
     except InputError as error:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
         advice = "put its files there, or choose --data DIR or --config quick"
         raise InputError(f"{error}: {advice}") from None
 
@@ -313,12 +323,12 @@ class Curriculum(namedtuple("Curriculum", "images labels lr momentum")):
         """Its batches, or all its images, in random order; lr and momentum keep their step."""
         if order == "in order":
             return self
-        together = self.labels.shape[1] if order == "batch-shuffled" else 1
-        places = self.labels.numel() // together
-        index = torch.rand(places, device=self.lr.device).argsort()  # a CUDA graph can replay it
+        images_per_piece = self.labels.shape[1] if order == "batch-shuffled" else 1
+        count = self.labels.numel() // images_per_piece
+        index = torch.rand(count, device=self.lr.device).argsort()  # a CUDA graph can replay it
 
         def rearrange(x):
-            pieces = x.reshape(places, together, *x.shape[2:])
+            pieces = x.reshape(count, images_per_piece, *x.shape[2:])
             return pieces.index_select(0, index).view_as(x)
 
         return self._replace(images=rearrange(self.images), labels=rearrange(self.labels))
@@ -362,7 +372,8 @@ class Teacher(nn.Module):
         self.classes = classes
         T = config.inner_steps
         B = config.batch_size
-        # a logarithm keeps the learning rate positive, a logit the momentum within (0, 1)
+        # a logarithm keeps the learning rate positive, a logit the momentum within (0, 1);
+        # 1e-6 because the logit of 0 would be infinite
         self.log_lr = nn.Parameter(torch.full((T,), config.inner_lr).log())
         self.logit_momentum = nn.Parameter(torch.full((T,), config.momentum).logit(1e-6))
         if config.variant == "pixels":
@@ -382,7 +393,7 @@ class Teacher(nn.Module):
         momentum = self.logit_momentum.sigmoid()
         if config.variant == "real":
             return Curriculum(*sample(data.train, T, B), lr, momentum)
-        # a batch too small for all classes goes on where the one before it ended
+        # labels count through the classes, and begin anew in batches that have room for all
         labels = torch.arange(T * B, device=lr.device).view(T, B)
         if self.classes <= B:
             labels = labels[:1].expand(T, B)
@@ -482,9 +493,8 @@ def blueprint(architecture, image_shape):
         try:
             learner(torch.empty(1, *image_shape))  # one image: an error where 1x1 is normalized
         except (ValueError, RuntimeError) as error:
-            depth = f"{len(architecture.filters)} conv blocks are too deep"
-            images = f"images of {image_shape[1]}x{image_shape[2]}"
-            raise InputError(f"{depth} for {images} ({str(error)[:80]})") from None
+            size = f"{len(architecture.filters)} conv blocks, images {[*image_shape]}"
+            raise InputError(f"make_learner fails, too deep? ({size}: {str(error)[:80]})") from None
     return learner
 
 
@@ -517,6 +527,28 @@ def init_learner(architecture, image_shape):
     return to_vector(make_learner(architecture, image_shape).parameters()).detach()
 
 
+def sample_architecture(config, classes):
+    """A random Architecture of the config's search space, for so many classes."""
+
+    def choose(options):
+        return options[int(torch.randint(len(options), ()))] if len(options) > 1 else options[0]
+
+    most = len(config.filters)
+    least = min(config.least_blocks or most, most)
+    blocks = config.filters[: choose(range(least, most + 1))]
+    filters = tuple(choose(range(f[0], f[1] + 1)) if type(f) is tuple else f for f in blocks)
+    kernels = tuple(choose(config.kernels) for _ in blocks)
+    pooling = choose(config.pooling)
+    rest = config.normalization, config.hidden_units, classes
+    return Architecture(filters, kernels, pooling, *rest)
+
+
+def check_depth(config, data):
+    """Raises InputError if images are too small for all blocks."""
+    all_blocks = dataclasses.replace(config, least_blocks=0)  # 0: always all
+    blueprint(sample_architecture(all_blocks, data.classes), data.train.images.shape[1:])
+
+
 # ---- inner loop and meta-gradient ----
 #   theta_t   learner's parameters after t steps      alpha_t, mu_t   inner learning rate, momentum
 #   v_t       velocity                                lambda_t        adjoint dL/d(theta_t, v_t)
@@ -529,7 +561,7 @@ def init_learner(architecture, image_shape):
 
 
 def leaf(x):
-    """The same numbers without history, ready to be differentiated in."""
+    """The same numbers without their history, as an input to differentiate by."""
     return x.detach().requires_grad_(x.is_floating_point())
 
 
@@ -593,7 +625,7 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
     states = theta.new_empty(len(batches) + 1, 2, len(theta))  # one piece leaves no gaps in memory
     for t, state in enumerate(unroll(theta, curriculum, architecture)):
         states[t] = torch.stack(state).detach()
-    adjoint = [torch.zeros_like(x) for x in state]  # lambda_T; the loss of theta_T comes in below
+    adjoint = [torch.zeros_like(x) for x in state]  # lambda_T; its meta-loss comes in below
     gradients = [
         torch.empty_like(x) for x in (curriculum.images, curriculum.lr, curriculum.momentum)
     ]
@@ -603,14 +635,14 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
         state = [leaf(x) for x in states[t]]
         images, labels, lr, momentum = (leaf(x[t]) for x in curriculum)
         outputs = inner_step(*state, images, labels, lr, momentum, architecture, create_graph=True)
-        weights = adjoint
-        if batches[t] is not None:  # the meta-loss is one more output, of weight 1
+        output_weights = adjoint
+        if batches[t] is not None:  # this step's share of the meta-loss: one more output, weight 1
             loss = real_loss(outputs[0], batches[t], architecture) / count
             meta_loss = meta_loss + loss.detach()
             outputs = (*outputs, loss)
-            weights = (*adjoint, torch.ones_like(loss))
+            output_weights = (*adjoint, torch.ones_like(loss))
         inputs = (*state, images, lr, momentum)
-        pulled_back = torch.autograd.grad(outputs, inputs, weights, materialize_grads=True)
+        pulled_back = torch.autograd.grad(outputs, inputs, output_weights, materialize_grads=True)
         adjoint = pulled_back[:2]
         for gradient, of_step in zip(gradients, pulled_back[2:], strict=True):
             gradient[t] = of_step
@@ -620,28 +652,6 @@ def meta_gradient_flat(theta, curriculum, architecture, batches):
 # ---- outer step ----
 
 OuterStep = namedtuple("OuterStep", "meta_loss gradient_norm")
-
-
-def sample_architecture(config, classes):
-    """A random Architecture of the config's search space, for so many classes."""
-
-    def choose(options):
-        return options[int(torch.randint(len(options), ()))] if len(options) > 1 else options[0]
-
-    most = len(config.filters)
-    least = min(config.least_blocks or most, most)
-    blocks = config.filters[: choose(range(least, most + 1))]
-    filters = tuple(choose(range(f[0], f[1] + 1)) if type(f) is tuple else f for f in blocks)
-    kernels = tuple(choose(config.kernels) for _ in blocks)
-    pooling = choose(config.pooling)
-    rest = config.normalization, config.hidden_units, classes
-    return Architecture(filters, kernels, pooling, *rest)
-
-
-def check_depth(config, data):
-    """Raises InputError if images are too small for all blocks."""
-    all_blocks = dataclasses.replace(config, least_blocks=0)  # 0: always all
-    blueprint(sample_architecture(all_blocks, data.classes), data.train.images.shape[1:])
 
 
 def add_meta_gradient(teacher, data, architecture, theta):
@@ -915,8 +925,11 @@ def environment(device):
 # ---- training and testing ----
 
 
-def begin(config, data, folder, resume):
-    """A new run, or the one in the folder: (teacher, optimizer, outer steps done, log)."""
+def begin(config, data, folder, resume, init=None):
+    """A new run, or the one in the folder: (teacher, optimizer, outer steps done, log).
+
+    A new run starts from the phi of the teacher in the file `init`, if there is one.
+    """
     image_shape = data.train.images.shape[1:]
     check_depth(config, data)
     size = len(data.train.labels)
@@ -935,6 +948,14 @@ def begin(config, data, folder, resume):
     else:
         with seeded(config.seed, TEACHER):
             teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
+        if init:
+            source = read_teacher(init)[0]
+            try:
+                teacher.load_state_dict(source.state_dict())
+            except RuntimeError:
+                source.classes = None
+            if source.classes != data.classes:
+                raise InputError(f"--init {init}: must be of this variant and these sizes")
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
@@ -985,7 +1006,8 @@ def save(folder, teacher, optimizer, data, step, log):
     }
     checkpoint = content | {"optimizer": optimizer.state_dict(), "log": log}
     files = {"log.jsonl": log, "teacher.pt": content, "checkpoint.pt": checkpoint}
-    # the checkpoint comes last, when the others are written; at first no others may be without it
+    # after a kill between two writes, --resume must find no file without a checkpoint, and no
+    # checkpoint that is newer than the others
     for name in files if step else reversed(files):
         write(folder / name, files[name])
 
@@ -1001,14 +1023,9 @@ def validate(teacher, data):
     }
 
 
-def log_line(event, step, started, **fields):
-    """A line of log.jsonl."""
-    return {"event": event, "step": step, "seconds": time.monotonic() - started, **fields}
-
-
-def train(config, data, folder, resume=False):
+def train(config, data, folder, resume=False, init=None):
     """Meta-train to the end of the schedule. Raises InputError if training diverges."""
-    teacher, optimizer, step, log = begin(config, data, folder, resume)
+    teacher, optimizer, step, log = begin(config, data, folder, resume, init)
     replay = None
     if data.mean.is_cuda and config.cuda_graph and cuda_graph_possible(config):
         replay = capture_graph(teacher, data)
@@ -1016,25 +1033,32 @@ def train(config, data, folder, resume=False):
     started = time.monotonic() - (log[-1]["seconds"] if log else 0)
     steps = range(step + 1, config.outer_steps + 1)
     bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=NO_BAR)
+
+    def add_line(event, **fields):
+        seconds = time.monotonic() - started
+        log.append({"event": event, "step": step, "seconds": seconds, **fields})
+
     with bar, locked(folder):
-        log.append(log_line("resume" if log else "start", step, started, environment=origin))
+        add_line("resume" if log else "start", environment=origin)
         if len(log) == 1:
             about = {"config": dataclasses.asdict(config), "environment": origin}
             write(folder / "config.json", about | {"data_sha256": data.sha256})
-            log.append(log_line("validation", step, started, **validate(teacher, data)))
+            add_line("validation", **validate(teacher, data))
             save(folder, teacher, optimizer, data, step, log)
         saved = time.monotonic()
         for step in bar:
             result = outer_step(teacher, optimizer, data, step - 1, replay)
             if not math.isfinite(sum(result)):
-                reduce = "inner_lr or momentum" if step == 1 else "outer_lr"
+                advice = "reduce inner_lr or momentum, then outer_lr"
+                if step > 1:
+                    advice = f"reduce outer_lr; --init {folder}/teacher.pt goes on from here"
                 raise InputError(
-                    f"outer step {step} diverged: reduce {reduce} in a new run (--set name=NAME)"
+                    f"outer step {step} diverged: in a new run (--set name=NAME ...), {advice}"
                 )
-            log.append(log_line("step", step, started, **result._asdict()))
+            add_line("step", **result._asdict())
             last = step == config.outer_steps
             if step % config.validate_every == 0 or last:
-                log.append(log_line("validation", step, started, **validate(teacher, data)))
+                add_line("validation", **validate(teacher, data))
                 if RANK == 0:
                     mean = log[-1]["accuracy"]["mean"]
                     bar.write(
@@ -1170,11 +1194,6 @@ def choose_device(name):
     return torch.device("cuda", number)
 
 
-def out_of_memory(error):
-    """Whether an exception says that memory could not be allocated."""
-    return isinstance(error, MemoryError) or re.search("alloc|out of mem", str(error))
-
-
 def run(program, command, arguments):
     """Exit status of command(arguments); an error that the user can fix is one line, and 2."""
     try:
@@ -1189,7 +1208,7 @@ def run(program, command, arguments):
         status = 2
         line = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not isinstance(error, MemoryError) and not re.search("alloc|out of mem", str(error)):
             raise
         status = 2
         line = "error: out of memory: reduce batch_size, meta_batch_size, or choose flat=true"
@@ -1216,6 +1235,7 @@ def main(arguments=None):
         add(f"--{name.replace('_', '-')}", help=f"the same as --set {name}=...", **short)
     add("--runs", help="folder of all run folders (default: runs)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
+    add("--init", type=Path, metavar="TEACHER.pt", help="start a new run from its phi")
     add("--evaluate", type=Path, metavar="TEACHER.pt", help="evaluate it instead of training")
     add("--learners", type=int, help="for each order, with --evaluate (default: 100)")
     args = parser.parse_args(arguments)
@@ -1223,14 +1243,14 @@ def main(arguments=None):
         parser.error("--learners: must be at least 1, and goes with --evaluate")
     device = choose_device(args.device)
     if args.evaluate:
-        if args.set or args.config or args.runs:
+        if args.set or args.config or args.runs or args.init:
             parser.error("--evaluate goes with --learners, --data, --device and --resume alone")
         data = load_data(read_teacher(args.evaluate)[0].config.dataset, args.data, device)
         return evaluate_file(args.evaluate, args.learners or 100, data, device)
     config = make_config(args.config or "quick", args.set)
     folder = Path(args.runs or "runs", f"{config.name}-{config.condition}-s{config.seed}")
     data = load_data(config.dataset, args.data, device)
-    train(config, data, folder, args.resume)
+    train(config, data, folder, args.resume, args.init)
     if RANK == 0:
         print(f"{folder}: {config.outer_steps} outer steps")
     if WORLD > 1:

@@ -306,13 +306,15 @@ def test_commands_are_quoted_for_a_shell(tmp_path):
     assert analyze.next_command(finished._replace(evaluation={})).endswith(resume)
 
 
-def test_pictures_have_names_of_their_own(tmp_path, monkeypatch):
+def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)
     for name in ("a", "b"):
         (tmp_path / "runs" / name / "nas").mkdir(parents=True)
         source = ROOT / "results" / "widths" / "nas.json"
         (tmp_path / "runs" / name / "nas" / "nas.json").write_bytes(source.read_bytes())
-    make_run(tmp_path / "runs")
+    linked = make_run(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "link").symlink_to(linked)
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
     out = tmp_path / "out"
     assert run("--runs", tmp_path / "runs", "--out", out) == 0
     names = ["a-nas-ranking", "b-nas-ranking"]

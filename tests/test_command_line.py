@@ -57,7 +57,6 @@ def test_variants_run_and_are_evaluated(run_gtn, tmp_path, kind):
     )
     assert status == 0, error
     teacher = tmp_path / "runs" / f"quick-{kind}-s0" / "teacher.pt"
-    assert not gtn.read(teacher)["curriculum"]["images"].requires_grad
     rows = gtn.read(teacher.with_name("evaluation.json"))["rows"]
     first = {(row["order"], row["every_step"]): row for row in rows}
     assert list(first) == [*((order, False) for order in orders), (orders[0], True)]
@@ -195,7 +194,7 @@ REFUSED = [
     ("--set filters=[[5,6,7]]", "filters=[[5, 6, 7]]: must be"),
     ("--set kernels=[3,4]", "kernels=[3, 4]: must be a list of 1, 3, 5, 7, like [3]"),
     ("--set kernels=[[3,5]]", "kernels=[[3, 5]]: must be a list"),
-    ("--set filters=[4,4,4,4,4,4]", "6 conv blocks are too deep for images of 28x28"),
+    ("--set filters=[4,4,4,4,4,4]", "too deep? (6 conv blocks, images [1, 28, 28]"),
     ("--set outer_lr=NaN", "outer_lr=NaN: must be from 0 to 1, like 0.02"),
     ("--set outer_beta1=1", "outer_beta1=1: must be from 0 to 0.9999, like 0.5"),
     ("--set name=../elsewhere", "name="),
@@ -217,6 +216,7 @@ REFUSED = [
     ("--evaluate nosuch.pt --seed 0", "--evaluate goes with --learners"),
     ("--evaluate nosuch.pt --config A", "--evaluate goes with --learners"),
     ("--evaluate nosuch.pt --runs here", "--evaluate goes with --learners"),
+    ("--init nosuch.pt", "cannot read nosuch.pt"),
     ("--evaluate nosuch.pt --learners 0", "--learners: must be at least 1"),
 ]
 
@@ -306,8 +306,10 @@ def test_a_run_that_is_not_finite_stops_with_its_last_good_teacher(run_gtn, tmp_
     status, _, error = run_gtn("--outer-steps", "50")
     line = error.splitlines()[-1]
     assert status == 2
-    for text in ("outer step 3 diverged", "name=NAME", "reduce outer_lr"):
+    for text in ("outer step 3 diverged", "name=NAME", "reduce outer_lr", "--init"):
         assert text in line
+    advice = line.split("--init ")[1].split()[0]
+    assert advice == str(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
     teacher, content = gtn.read_teacher(tmp_path / "runs" / "quick-learned-s0" / "teacher.pt")
     assert content["step"] == int(re.search(r"outer step (\d+)", line)[1]) - 1
     assert all(p.isfinite().all() for p in teacher.state_dict().values())

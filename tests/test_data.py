@@ -35,7 +35,7 @@ def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset, place):
     assert (status, error.count("\n")) == (2, 1), error
     for remedy in (str(tmp_path / "mistyped" / "data" / place), "--data", "--config quick"):
         assert remedy in error
-    assert not (tmp_path / "runs").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_memory_for_the_data(monkeypatch, capsys):

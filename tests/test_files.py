@@ -132,6 +132,29 @@ def test_what_cannot_change_the_result_may_change_on_resume(run_gtn, tmp_path):
     assert "a run with inner_lr=0.005, now 0.1: choose" in error
 
 
+def test_a_run_from_another_teacher(run_gtn, tmp_path):
+    assert run_gtn("--outer-steps", "2")[0] == 0
+    source = tmp_path / "runs" / "quick-learned-s0" / "teacher.pt"
+    init = ["--outer-steps", "2", "--init", source]
+    assert run_gtn(*init, "--seed", "1", stop_after=0)[0] == 130
+    phi = gtn.read(tmp_path / "runs" / "quick-learned-s1" / "teacher.pt")["teacher"]
+    for name, x in gtn.read(source)["teacher"].items():
+        assert torch.equal(phi[name], x), name
+    status, _, error = run_gtn(*init, "--seed", "2", "--set", "inner_steps=4")
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"--init {source}: must be of this variant and these sizes" in error
+    gtn.write(source, gtn.read(source) | {"classes": 11})
+    assert f"cannot read {source}" in run_gtn(*init, "--seed", "2")[2]
+    pixels = [*init, "--variant", "pixels", "--seed", "2"]
+    assert run_gtn("--outer-steps", "2", "--variant", "pixels")[0] == 0
+    source = tmp_path / "runs" / "quick-pixels-s0" / "teacher.pt"
+    assert not gtn.read(source)["curriculum"]["images"].requires_grad
+    gtn.write(source, gtn.read(source) | {"classes": 11})  # the shapes of pixels fit
+    pixels[pixels.index("--init") + 1] = source
+    assert f"--init {source}: must be of this variant and these sizes" in run_gtn(*pixels)[2]
+    assert not [*(tmp_path / "runs").glob("*-s2")]
+
+
 def test_a_run_that_is_stopped_between_any_two_files(run_gtn, tmp_path, monkeypatch):
     """config.json, then three files for each of two outer steps and before them."""
     original = gtn.write

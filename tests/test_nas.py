@@ -210,12 +210,9 @@ def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatc
     space = gtn.Config(filters=((1, 9), (1, 9)))
     found = nas.tune_control(space, teacher.config, data, {"seed": 0}, 15)
     assert found["seconds"] > 0
-    assert (found["lr"], found["momentum"], len(found["grid"]), len({a for _, a in taught})) == (
-        0.1,
-        0.5,
-        10,
-        4,
-    )
+    assert (found["lr"], found["momentum"]) == (0.1, 0.5)
+    assert len(found["grid"]) == 10
+    assert len({architecture for _, architecture in taught}) == nas.TUNED
     for curriculum, _ in taught:
         assert torch.equal(curriculum.images, taught[0][0].images)
         assert len(curriculum.images) == found["steps"] == 15
@@ -451,9 +448,7 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
         {"seconds": {}},
     ]
     damaged = [(log, json.dumps(json.loads(line) | damage) + "\n" + rest) for damage in damages]
-    control = {"steps": 3, "lr": "1", "momentum": 0.5, "seconds": 1}
-    strings = json.dumps(json.loads(before[settings]) | {"controls": {"control": control}})
-    for path, text in [*damaged, (settings, strings), (settings, "{"), (log, "{}\n" + rest)]:
+    for path, text in [*damaged, (settings, "{"), (log, "{}\n" + rest)]:
         path.write_text(text)
         assert refused(capsys, f"cannot read {path}", teacher, "--out", out, "--resume"), text
         path.write_bytes(before[path])
