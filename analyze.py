@@ -608,7 +608,7 @@ def draw_robustness(content):
         spread = np.linspace(-0.25, 0.25, len(values))  # points of one setting at one height
         axes.plot(values, y + spread, "o", color=PALETTE[0], alpha=0.6, markersize=4)
     logarithmic(axes, axes.xaxis)
-    axes.set(xlabel="validation error")
+    axes.set(xlabel="validation error", ylabel="normalization")
     caption = (
         f"{len(content['settings'])} settings drawn at random, the same for each normalization "
         "of the learner, one point each (0.9: by chance, or diverged); boxes: median and quartiles."

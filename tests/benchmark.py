@@ -16,21 +16,16 @@ meta-gradients.
 
 import dataclasses
 import importlib.util
-import math
 import resource
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import torch
+from conftest import ROOT, as_module
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from conftest import as_module
 
 import gtn
 
@@ -47,15 +42,11 @@ def meta_gradient_by_higher(theta, curriculum, architecture, batches):
             network[i] = nn.MaxPool2d(2)
     losses = []
     images, labels, lr, momentum = map(gtn.leaf, curriculum)
-    with higher.innerloop_ctx(network, torch.optim.SGD(network.parameters(), lr=1, momentum=1)) as (
-        learner,
-        sgd,
-    ):
+    sgd = torch.optim.SGD(network.parameters(), lr=1, momentum=1)
+    with higher.innerloop_ctx(network, sgd) as (learner, optimizer):
         for x, y, alpha, mu, real in zip(images, labels, lr, momentum, batches, strict=True):
-            sgd.step(
-                nn.functional.cross_entropy(learner(x), y),
-                override={"lr": [alpha], "momentum": [mu]},
-            )
+            loss = nn.functional.cross_entropy(learner(x), y)
+            optimizer.step(loss, override={"lr": [alpha], "momentum": [mu]})
             if real is not None:
                 losses.append(nn.functional.cross_entropy(learner(real.images), real.labels))
     meta_loss = torch.stack(losses).mean()
@@ -66,20 +57,14 @@ def make_step(method, config, device, dtype=torch.float32):
     """(teacher, step): step(n) takes outer step n and leaves its meta-gradient in the
     teacher's .grad."""
     config = dataclasses.replace(config, flat=method == "flat", outer_lr=0.0, learners_per_step=1)
-    with gtn.seeded(
-        config.seed, gtn.TEACHER
-    ):  # real images are random numbers: they take as long as any others
-        split = gtn.Split(
-            torch.randn(2000, *IMAGE_SHAPE).to(device, dtype), torch.randint(10, (2000,)).to(device)
-        )
+    with gtn.seeded(config.seed, gtn.TEACHER):  # noise takes as long as real images
+        images, labels = torch.randn(2000, *IMAGE_SHAPE), torch.randint(10, (2000,))
         teacher = gtn.Teacher(config, IMAGE_SHAPE, 10)
-        teacher.log_lr.data += 0.1 * torch.randn_like(
-            teacher.log_lr
-        )  # no two inner steps are alike
-    teacher, data = (
-        teacher.to(device, dtype),
-        gtn.Data(*[split] * 3, *torch.tensor([[0], [1]]).to(split.images)),
-    )
+        teacher.log_lr.data += 0.1 * torch.randn(config.inner_steps)  # no two steps are alike
+    teacher = teacher.to(device, dtype)
+    split = gtn.Split(images.to(device, dtype), labels.to(device))
+    one = split.images.new_ones(1)
+    data = gtn.Data(split, split, split, 0 * one, one)
     optimizer = torch.optim.SGD(teacher.parameters())
     replay = gtn.capture_graph(teacher, data) if method == "CUDA graph" else None
     meta_gradient = meta_gradient_by_higher if method == "higher" else gtn.meta_gradient
@@ -93,16 +78,15 @@ def make_step(method, config, device, dtype=torch.float32):
 
 def speed(config, methods, rounds, device_name):
     """{method: its seconds of every round}."""
-    device, record = gtn.choose_device(device_name), {method: {"seconds": []} for method in methods}
+    device = gtn.choose_device(device_name)
     steps = {method: make_step(method, config, device)[1] for method in methods}
-    for step in [*steps.values()] * 2:  # warm up
-        step(0)
-    for n in range(rounds):
+    seconds = {method: [] for method in methods}
+    for n in range(-2, rounds):  # the first two warm up
         for method in methods[n % len(methods) :] + methods[: n % len(methods)]:
             start = time.perf_counter()
-            steps[method](n)  # ends by reading numbers: CUDA has then done all of it
-            record[method]["seconds"].append(time.perf_counter() - start)
-    return record
+            steps[method](max(n, 0))  # ends by reading numbers: CUDA has then done all of it
+            seconds[method].append(time.perf_counter() - start)
+    return {method: times[2:] for method, times in seconds.items()}
 
 
 def memory(config, method, device_name):
@@ -123,63 +107,32 @@ def fresh_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def measure_speed(config, methods, rounds, device_name):
-    """The record of one configuration, which is printed, too."""
-    record = fresh_process(speed, config, methods, rounds, device_name)
-    for method, row in record.items():
-        row["median"] = statistics.median(row["seconds"])
-        row["peak"] = fresh_process(memory, config, method, device_name)
-        time_and_memory = f"{row['median']:.3f} s (median of {rounds}), {row['peak']:.0f} MiB"
-        print(f"{config.name}, {method}: {time_and_memory}")
-    for row in record.values() if "higher" in record else ():
-        row["times_faster_than_higher"] = record["higher"]["median"] / row["median"]
-    return record
-
-
-def measure_memory(config, lengths, device_name):
-    """The record of memory against inner steps T; growth: of flat, from T = 16 to 128.
-
-    Growth is beyond the images and their gradient.
-    """
-    rows = []
-    for T in lengths:
-        images = (
-            2 * T * config.batch_size * math.prod(IMAGE_SHAPE) * 4 / 2**20
-        )  # and their gradient
-        for method in ("full graph", "flat"):
-            peak = fresh_process(
-                memory, dataclasses.replace(config, inner_steps=T), method, device_name
-            )
-            rows.append({"method": method, "inner_steps": T, "images": images, "peak": peak})
-    beyond = {
-        row["inner_steps"]: row["peak"] - row["images"] for row in rows if row["method"] == "flat"
-    }
-    return {"rows": rows, "growth": beyond[128] / beyond[16] - 1}
-
-
 def main(arguments=None):
     """The command line."""
     parser = gtn.argument_parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--configs", nargs="+", default=["A", "B", "C"], help="of configs.json, to time"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="times every method is timed (default: 5)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/benchmark.json"), help="file to write"
-    )
+    add = parser.add_argument
+    add("--configs", nargs="+", default=["A", "B", "C"], help="of configs.json, to time")
+    add("--rounds", type=int, default=5, help="times every method is timed (default: 5)")
     args = parser.parse_args(arguments)
     device = gtn.choose_device(args.device)
     methods = ["full graph", "flat", *["CUDA graph"] * (device.type == "cuda")]
     methods += ["higher"] * bool(importlib.util.find_spec("higher"))
     result = {"environment": gtn.environment(device), "speed": {}}
-    for name in args.configs:
-        result["speed"][name] = measure_speed(
-            gtn.make_config(name), methods, args.rounds, args.device
-        )
-    result["memory"] = measure_memory(gtn.make_config("A"), (8, 16, 32, 64, 128), args.device)
-    gtn.write(args.out, result)
+    for config in map(gtn.make_config, args.configs):
+        rows = result["speed"][config.name] = {}
+        times = fresh_process(speed, config, methods, args.rounds, args.device)
+        for method, seconds in times.items():
+            median = statistics.median(seconds)
+            peak = fresh_process(memory, config, method, args.device)
+            rows[method] = {"seconds": seconds, "median": median, "peak": peak}
+            print(f"{config.name}, {method}: {median:.3f} s (of {args.rounds}), {peak:.0f} MiB")
+    lengths = 8, 16, 32, 64, 128
+    configs = [dataclasses.replace(gtn.make_config("A"), inner_steps=T) for T in lengths]
+    result["memory"] = {"inner_steps": lengths}
+    for method in methods[:2]:
+        peaks = [fresh_process(memory, config, method, args.device) for config in configs]
+        result["memory"][method] = peaks
+    gtn.write(ROOT / "results" / "benchmark.json", result)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,6 @@ generator_filters=4 meta_batch_size=16 validate_every=2 validation_learners=2 va
 test_learners=2 checkpoint_every=0""".split()
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--kills", type=int, default=3, help="how often the test of kill -9 kills a run"
-    )
-
-
 def tiny(normalization="instance", **changes):
     """(teacher, data, theta, architecture, batches), all float64, 8x8 images."""
     torch.manual_seed(0)
@@ -38,11 +32,8 @@ def tiny(normalization="instance", **changes):
     }
     settings = {"filters": (4, 3), "meta_batch_size": 12, "meta_loss_every": 2, "inner_lr": 0.05}
     config = gtn.Config(**sizes | settings | changes, normalization=normalization)
-    splits = [
-        gtn.Split(torch.randn(60, 1, 8, 8, dtype=torch.float64), torch.randint(10, (60,)))
-        for _ in range(3)
-    ]
-    one = torch.ones(1, dtype=torch.float64)
+    images, one = torch.randn(3, 60, 1, 8, 8, dtype=torch.float64), torch.ones(1).double()
+    splits = [gtn.Split(x, torch.randint(10, (60,))) for x in images]
     data = gtn.Data(*splits, 0 * one, one)
     teacher = gtn.Teacher(config, (1, 8, 8), 10).double()
     architecture = gtn.sample_architecture(config, 10)

@@ -27,49 +27,27 @@ TESTS = dict(zip(gtn.ORDERS, ([0.5, 0.7], [0.4, 0.6], [0.2, 0.4]), strict=True))
 
 def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **changes):
     """A run folder below `folder`, every number of which follows from its arguments; returns it."""
-    settings = (
-        {"name": "toy", "dataset": "glyphs", "filters": (2, 3), "outer_steps": 4} | SIZES | changes
-    )
-    config = gtn.Config(**settings, variant=variant, seed=seed)
+    settings = {"name": "toy", "dataset": "glyphs", "filters": (2, 3), "outer_steps": 4} | SIZES
+    config = gtn.Config(**settings | changes, variant=variant, seed=seed)
     folder, T = folder / f"{config.name}-{config.condition}-s{seed}", config.inner_steps
     command = f"python gtn.py --variant {variant} --seed {seed} --resume"
-    origin = {
-        "config": dataclasses.asdict(config),
-        "environment": {"device": DEVICE, "command": command},
-    }
+    environment = {"device": DEVICE, "command": command}
+    origin = {"config": dataclasses.asdict(config), "environment": environment}
     gtn.write(folder / "config.json", origin)
-    log = [{"event": "start", "step": 0}]
+    log = []
     for step in range(steps + 1):
-        if step:
-            log.append(
-                {
-                    "event": "step",
-                    "step": step,
-                    "seconds": 30.0 * step,
-                    "meta_loss": 4.0**seed / step,
-                }
-            )
-        rates = {
-            "lr": [0.01 * 4**seed * t for t in range(1, T + 1)],
-            "momentum": [0.5 + 0.1 * step] * T,
-        }
-        accuracy = gtn.summary([1 - 0.5 / (1 + step) / 4**seed] * 2)
-        log.append(
-            {
-                "event": "validation",
-                "step": step,
-                "seconds": 30.0 * step,
-                "accuracy": accuracy,
-                **rates,
-            }
-        )
+        validation = {"accuracy": {"mean": 1 - 0.5 / (1 + step) / 4**seed}}
+        validation["lr"] = [0.01 * 4**seed * t for t in range(1, T + 1)]
+        validation["momentum"] = [0.5 + 0.1 * step] * T
+        event = {"step": step, "seconds": 30.0 * step}
+        log.append(event | {"event": "validation"} | validation)
+        log.append(event | {"event": "step", "meta_loss": 4.0**seed / (1 + step)})
     gtn.write(folder / "log.jsonl", log)
-    tests = {order: [x + 0.1 * seed for x in test] for order, test in TESTS.items()}
-    name = {"every_step": False}
-    rows = [name | {"order": order} | gtn.summary(test) for order, test in tests.items()]
-    curves = [[k * t / 10 for t in range(T)] for k in (1, 3)]
-    rows.append({"order": config.order, "every_step": True} | gtn.summary(curves))
-    gtn.write(folder / "evaluation.json", origin | {"step": steps, "rows": rows})
+    tests = [(order, False, [x + 0.1 * seed for x in test]) for order, test in TESTS.items()]
+    tests.append((config.order, True, [[k * t / 10 for t in range(T)] for k in (1, 3)]))
+    names = "order", "every_step", "accuracies"
+    rows = [dict(zip(names, test, strict=True)) for test in tests]
+    gtn.write(folder / "evaluation.json", {"step": steps, "rows": rows})
     if teacher:
         torch.manual_seed(seed)
         split, one = gtn.Split(torch.randn(50, 1, 8, 8), torch.arange(50) % 10), torch.ones(1)
@@ -78,9 +56,14 @@ def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **change
     return folder
 
 
+def read_runs(folder):
+    """The runs below a folder."""
+    return [analyze.read_run(path, []) for path in sorted(folder.rglob("config.json"))]
+
+
 def read(folder):
     """({variant: runs} of the runs of one name, the first one's config)."""
-    runs = [analyze.read_run(path, []) for path in sorted(folder.rglob("config.json"))]
+    runs = read_runs(folder)
     ((_, variants),) = analyze.group_runs(runs)[0].items()
     return variants, runs[0].config
 
@@ -101,10 +84,9 @@ def curve(axes):
 def test_running_mean_and_mean_over_seeds_by_hand():
     values = np.array([100.0, 10, 4, 1, 7, 3, 2])
     assert analyze.running_mean(values, 2).tolist() == [100, 10, 5, 4, 3.4, 3.25, 4]
-    axes, x, config = analyze.Figure().subplots(), np.arange(3), gtn.Config()
-    analyze.draw_mean(
-        axes, [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))], config, log=True
-    )
+    axes, x = analyze.Figure().subplots(), np.arange(3)
+    series = [(x, np.array([1.0, 1, 4])), (x[::2], np.array([4.0, 1]))]
+    analyze.draw_mean(axes, series, gtn.Config(), log=True)
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [2, 2**0.5, 2])
     top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
     np.testing.assert_allclose(top, 2 * np.exp(np.log(4) / 2**0.5))
@@ -114,75 +96,40 @@ def test_training_and_rates(tmp_path):
     make_run(tmp_path)
     make_run(tmp_path, 1)
     error, loss = map(curve, analyze.draw_training(*read(tmp_path))[0].axes)
-    np.testing.assert_allclose(
-        error, [(step, 0.25 / (1 + step)) for step in range(5)]
-    )  # geometric: 1/2 and 1/8
-    np.testing.assert_allclose(loss, [(step, 2 / step) for step in range(1, 5)])
+    expected = [(step, 0.25 / (1 + step)) for step in range(5)]  # geometric: of 1/2 and 1/8
+    np.testing.assert_allclose(error, expected)
+    np.testing.assert_allclose(loss, [(step, 8 * x) for step, x in expected])
     inner_lr, inner_momentum = map(curve, analyze.draw_rates(*read(tmp_path))[0].axes)
     np.testing.assert_allclose(inner_lr, [(1, 0.02), (2, 0.04), (3, 0.06)])
     np.testing.assert_allclose(inner_momentum[:, 1], 0.9)
 
 
 def test_orders_and_steps_beside_known_figures_of_the_same_budget(tmp_path):
-    budget = {
-        "name": "A",
-        "dataset": "mnist",
-        "inner_steps": 20,
-        "batch_size": 32,
-        "outer_steps": 5000,
-    }
-    make_run(tmp_path, **budget)
-    make_run(tmp_path, 1, **budget)
-    make_run(tmp_path, variant="real", **budget)
+    budget = {"name": "A", "dataset": "mnist", "outer_steps": 5000}
+    budget |= {"inner_steps": 20, "batch_size": 32}
+    for seed, variant in ((0, "learned"), (1, "learned"), (0, "real")):
+        make_run(tmp_path, seed, variant, **budget)
     axes = analyze.draw_orders(*read(tmp_path))[0].axes[0]
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
-    assert labels == [
-        f"{variant}, {order}" for variant in ("learned", "real") for order in gtn.ORDERS
-    ]
+    assert labels == [f"{x}, {order}" for x in ("learned", "real") for order in gtn.ORDERS]
     shuffled = [line for line in axes.lines if set(line.get_ydata()) == {1}]
-    np.testing.assert_allclose(
-        [x.get_xdata() for x in shuffled if x.get_marker() == "|"], [[0.5, 0.6]]
-    )
-    assert any(
-        np.allclose(x.get_xdata(), 0.55) for x in axes.lines if len(x.get_xdata())
-    )  # median of .4, .6, .5, .7
+    means = [x.get_xdata() for x in shuffled if x.get_marker() == "|"]
+    np.testing.assert_allclose(means, [[0.5, 0.6]])
+    medians = [x for x in axes.lines if len(x.get_xdata()) and np.allclose(x.get_xdata(), 0.55)]
+    assert medians  # of .4, .6, .5 and .7
     known = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "s"]
     assert known == [[[0.973, 0]], [[0.763, 1]]]  # of `learned` alone
     curve = analyze.draw_steps(*read(tmp_path))[0].axes[0].lines[0]
     np.testing.assert_allclose(curve.get_xydata(), [(1 + t, 0.2 * t) for t in range(20)])
-    for changes in (
-        {"dataset": "kmnist"},
-        {"outer_steps": 400},
-        {"inner_steps": 10, "batch_size": 12},
-    ):
-        other = gtn.Config(**budget | changes)
-        assert [analyze.known(source, other, "in order") for source in analyze.KNOWN] == [
-            None,
-            None,
-        ]
 
 
 def test_teachers_trained_under_an_order(tmp_path):
     """Each beside what the paper reports for it, and apart from what shuffling afterwards does."""
-    budget = {
-        "name": "paper",
-        "dataset": "mnist",
-        "inner_steps": 32,
-        "batch_size": 128,
-        "outer_steps": 2000,
-    }
+    budget = {"name": "paper", "dataset": "mnist", "outer_steps": 2000}
+    budget |= {"inner_steps": 32, "batch_size": 128}
     for variant, order in [*(("learned", order) for order in gtn.ORDERS), ("random", "in order")]:
         make_run(tmp_path, variant=variant, order=order, **budget)
-    kinds, config = read(tmp_path)
-    assert list(kinds) == ["learned", "learned-batch-shuffled", "learned-all-shuffled", "random"]
-    axes = analyze.draw_training(kinds, config)[0].axes[0]
-    dashes = {
-        x.get_label(): (x.get_linestyle(), x.get_color())
-        for x in axes.lines
-        if x.get_label() in kinds
-    }
-    assert [*dashes.values()] == [(x, "#0072B2") for x in ("-", "--", ":")] + [("-", "#009E73")]
-    rows = analyze.result_table({"paper": kinds})[1:]
+    rows = analyze.result_table({"paper": read(tmp_path)[0]})[1:]
     assert ["learned-batch-shuffled", "batch-shuffled", "0.500 +- 0.141"] in [x[1:4] for x in rows]
     assert {(x[1], x[2]): x[7] for x in rows if x[7] != "-"} == {
         ("learned", "in order"): "0.985",
@@ -194,16 +141,10 @@ def test_teachers_trained_under_an_order(tmp_path):
 
 def test_overview(tmp_path):
     """A teacher's images as real ones look, and accuracies beside those of real data."""
-    make_run(tmp_path, teacher=True)
-    real = make_run(tmp_path, variant="real")
-    assert run("--runs", tmp_path, "--out", tmp_path / "out") == 0
-    assert (tmp_path / "out" / "overview.png").exists()
     product = tmp_path / "toy.pt"
-    (tmp_path / "toy-learned-s0" / "teacher.pt").rename(product)  # its curriculum, published
-    runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
-    groups, _ = analyze.group_runs(runs)
-    other = analyze.read_run(make_run(tmp_path, 1) / "config.json", [])
-    assert other.teacher == {}  # the published one is of seed 0
+    (make_run(tmp_path, teacher=True) / "teacher.pt").rename(product)  # its curriculum, published
+    make_run(tmp_path, variant="real")
+    groups, _ = analyze.group_runs(read_runs(tmp_path))
     strip, axes = analyze.draw_overview(groups)[0].axes
     content = gtn.read(product)
     images = content["curriculum"]["images"] * content["std"] + content["mean"]
@@ -211,37 +152,23 @@ def test_overview(tmp_path):
     assert shown.shape == (3 * 8, 3 * 8)
     np.testing.assert_allclose(shown[8:16, 16:], images[2, 1, 0].clamp(0, 1))  # label 1, step 3
     lines = [line for line in axes.lines if line.get_label().startswith("trained on")]
-    rows = [
-        gtn.read(tmp_path / f"toy-{x}-s0" / "evaluation.json")["rows"] for x in ("learned", "real")
-    ]
-    for line, same in zip(lines, rows, strict=True):
-        (row,) = [x for x in same if x["every_step"]]
-        np.testing.assert_allclose(line.get_ydata(), np.mean(row["accuracies"], 0))
-    (real / "evaluation.json").unlink()
-    assert groups["toy"]["learned"][0].teacher
-    runs = [analyze.read_run(path, []) for path in sorted(tmp_path.rglob("config.json"))]
-    assert not analyze.draw_overview(analyze.group_runs(runs)[0])[0].axes
+    np.testing.assert_allclose([line.get_ydata() for line in lines], [[0, 0.2, 0.4]] * 2)
+    other = analyze.read_run(make_run(tmp_path, 1) / "config.json", [])
+    assert other.teacher == {}  # the published one is of seed 0
 
 
 def test_real_steps_that_equal_those_of_a_teacher(tmp_path):
-    """A learner is as good as the teacher's halfway between 20 and 80 real steps: after 40."""
-    assert analyze.equal_steps(0.5, [20, 80], [0.4, 0.6]) == pytest.approx(40)
-    assert analyze.equal_steps(0.7, [20, 80], [0.4, 0.6]) == np.inf
+    """Its learners have 0.5 and 0.7, halfway between those after 20 and 80 real steps: 40."""
     budget = {"dataset": "fashion", "batch_size": 12, "name": "t"}
-    teacher = make_run(tmp_path, inner_steps=20, **budget)
-    folders = [teacher]
+    folders = [make_run(tmp_path, inner_steps=20, **budget)]
     for T, mean in ((10, 0.3), (20, 0.5), (80, 0.7)):
-        folder = make_run(tmp_path / str(T), variant="real", inner_steps=T, **budget)
-        content = gtn.read(folder / "evaluation.json")
-        rows = [x for x in content["rows"] if not x["every_step"]]
-        rows[0]["accuracies"] = [mean - 0.1, mean + 0.1]
-        gtn.write(folder / "evaluation.json", content | {"rows": rows})
-        folders.append(folder)
-    other = make_run(
-        tmp_path / "other", variant="real", inner_steps=40, **budget | {"batch_size": 11}
-    )
-    runs = [analyze.read_run(folder / "config.json", []) for folder in [*folders, other]]
-    figure, caption = analyze.draw_equivalents(runs)  # the teacher's learners have 0.5 and 0.7
+        folders.append(make_run(tmp_path / str(T), variant="real", inner_steps=T, **budget))
+        row = {"order": "in order", "every_step": False, "accuracies": [mean - 0.1, mean + 0.1]}
+        gtn.write(folders[-1] / "evaluation.json", {"step": 4, "rows": [row]})
+    budget["batch_size"] = 11
+    folders.append(make_run(tmp_path / "other", variant="real", inner_steps=40, **budget))
+    runs = [analyze.read_run(folder / "config.json", []) for folder in folders]
+    figure, caption = analyze.draw_equivalents(runs)
     (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "*"]
     np.testing.assert_allclose(line.get_xydata(), [(20, 0.6), (40, 0.6)])
     assert "fashion 20 steps for 40 real ones [17, over 80]" in caption
@@ -252,66 +179,52 @@ def test_robustness_figure(tmp_path):
     errors = {"none": [0.9, 0.1, 0.3], "weight": [0.2, 0.4, 0.6]}
     content = {"settings": [{}, {}, {}], "errors": errors}
     gtn.write(tmp_path / "a" / "robustness.json", content)
-    figure, caption = analyze.draw_robustness(content)
-    (axes,) = figure.axes
+    (axes,) = analyze.draw_robustness(content)[0].axes
     points = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
     assert points == [*errors.values()]
-    vertical = [line.get_xdata().tolist() for line in axes.lines]
-    assert [0.3, 0.3] in vertical  # the medians
-    assert [0.4, 0.4] in vertical
-    assert caption.startswith("3 settings")
     assert run("--runs", tmp_path, "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "a-errors.png").exists()
 
 
-@pytest.mark.parametrize("variant", ["learned", "pixels", "real"])
-def test_images_figure(tmp_path, variant):
-    run = analyze.read_run(
-        make_run(tmp_path, variant=variant, teacher=True, steps=0) / "config.json", []
-    )
+def test_images_figure(tmp_path):
+    folder = make_run(tmp_path, teacher=True, steps=0)
+    run = analyze.read_run(folder / "config.json", [])
     axes = analyze.draw_images(run)[0].axes[0]
-    (picture,) = axes.images
-    sheet, curriculum = picture.get_array(), run.teacher["curriculum"]
+    sheet, curriculum = axes.images[0].get_array(), run.teacher["curriculum"]
     for t in range(3):
-        index = sorted(range(12), key=curriculum.labels[t].tolist().__getitem__)
-        for column, i in enumerate(index):
+        for column, i in enumerate(curriculum.labels[t].sort(stable=True).indices):
             tile = sheet[9 * t + 1 : 9 * t + 9, 9 * column + 1 : 9 * column + 9]
             np.testing.assert_array_equal(tile, curriculum.images[t, i, 0])
-    ticks = "".join(tick.get_text() for tick in axes.get_xticklabels())
-    assert ticks == ("" if variant == "real" else "001123456789")
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert "".join(ticks) == "001123456789"
 
 
 def test_the_images_of_a_long_curriculum_fit_on_a_page(tmp_path):
     folder = make_run(tmp_path, teacher=True, steps=0, inner_steps=58)
     figure, caption = analyze.draw_images(analyze.read_run(folder / "config.json", []))
-    axes = figure.axes[0]
-    rows = [int(tick.get_text()) for tick in axes.get_yticklabels()]
-    assert rows == list(range(1, 59, 3))
-    assert axes.images[0].get_array().shape[0] == 20 * 9
-    assert axes.images[0].get_interpolation() == "nearest"
+    rows = [int(tick.get_text()) for tick in figure.axes[0].get_yticklabels()]
+    assert rows == [*range(1, 59, 3)]
     assert "20 of 58 inner steps" in caption
 
 
 def test_commands_are_quoted_for_a_shell(tmp_path):
-    folder = make_run(tmp_path, steps=2, teacher=True)
-    content = gtn.read(folder / "config.json")
-    command = ["python", "gtn.py", "--data", "my data", "--runs", "q;dir", "--set", "filters=[2,3]"]
-    content["environment"]["command"] = shlex.join([*command, "--resume"])
-    gtn.write(folder / "config.json", content)
-    run_of = analyze.read_run(folder / "config.json", [])
-    resume = ": " + shlex.join([*command, "--resume"])
-    assert analyze.next_command(run_of).endswith(resume)
-    finished = run_of._replace(log={"step": 4})
+    path = make_run(tmp_path, steps=2) / "config.json"
+    content = gtn.read(path)
+    command = shlex.join(["python", "gtn.py", "--data", "my data", "--set", "filters=[2,3]"])
+    content["environment"]["command"] = command
+    gtn.write(path, content)
+    unfinished = analyze.read_run(path, [])
+    assert analyze.next_command(unfinished).endswith(f": {command} --resume")
+    finished = unfinished._replace(log={"step": 4})
     assert analyze.next_command(finished) is None
-    assert analyze.next_command(finished._replace(evaluation={})).endswith(resume)
+    assert analyze.next_command(finished._replace(evaluation={}))
 
 
 def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)
+    search = gtn.read(ROOT / "results" / "widths" / "nas.json")
     for name in ("a", "b"):
-        (tmp_path / "runs" / name / "nas").mkdir(parents=True)
-        source = ROOT / "results" / "widths" / "nas.json"
-        (tmp_path / "runs" / name / "nas" / "nas.json").write_bytes(source.read_bytes())
+        gtn.write(tmp_path / "runs" / name / "nas" / "nas.json", search)
     linked = make_run(tmp_path / "elsewhere")
     (tmp_path / "runs" / "link").symlink_to(linked)
     (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
@@ -320,8 +233,6 @@ def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monke
     names = ["a-nas-ranking", "b-nas-ranking"]
     names += [f"toy-{name}" for name in ("orders", "rates", "steps", "training")]
     assert sorted(path.stem for path in out.glob("*.png")) == names
-    with pytest.raises(ValueError, match="two pictures have one name"):
-        analyze.write_pages(out, [("img", "", "a", b""), ("img", "", "a", b"")])
 
 
 def test_a_page_that_somebody_else_wrote_stays(tmp_path, capsys):
@@ -338,24 +249,10 @@ def test_result_table(tmp_path):
         make_run(tmp_path, seed)
     _, row, *others = analyze.result_table({"toy": read(tmp_path)[0]})
     std, between = np.std([0.5, 0.7, 0.6, 0.8], ddof=1), 0.1 / 2**0.5
-    expected = [
-        "toy",
-        "learned",
-        "in order",
-        f"0.650 +- {std:.3f}",
-        "4",
-        "2",
-        f"{between:.3f}",
-        *"--",
-        "4",
-        "2.0",
-    ]
-    assert (row, len(others)) == ([*expected, DEVICE], 2)
-
-
-def test_batch_normalization_is_called_transductive(tmp_path):
-    make_run(tmp_path, normalization="batch")
-    rows = analyze.result_table({"toy": read(tmp_path)[0]})[1:]
+    expected = ["toy", "learned", "in order", f"0.650 +- {std:.3f}", "4", "2", f"{between:.3f}"]
+    assert (row, len(others)) == ([*expected, *"--", "4", "2.0", DEVICE], 2)
+    make_run(tmp_path / "batch", normalization="batch")
+    rows = analyze.result_table({"toy": read(tmp_path / "batch")[0]})[1:]
     assert [row[2] for row in rows] == [f"{order}, transductive" for order in gtn.ORDERS]
 
 
@@ -365,16 +262,11 @@ def test_runs_that_differ_in_more_than_the_seed_are_left_out(tmp_path):
     make_run(tmp_path, 2, outer_lr=0.5)
     make_run(tmp_path, variant="real", inner_steps=2)
     make_run(tmp_path / "copy", 1)
-    runs = [analyze.read_run(path, []) for path in tmp_path.rglob("config.json")]
-    groups, remarks = analyze.group_runs(runs)
-    assert {v: [x.config.seed for x in found] for v, found in groups["toy"].items()} == {
-        "learned": [0, 1]
-    }
-    assert [re.search(r"its (.*) does", x)[1] for x in remarks] == [
-        "seed",
-        "outer_lr",
-        "inner_steps",
-    ]
+    groups, remarks = analyze.group_runs(read_runs(tmp_path))
+    seeds = {name: [x.config.seed for x in same] for name, same in groups["toy"].items()}
+    assert seeds == {"learned": [0, 1]}
+    reasons = [re.search(r"its (.*) does", x)[1] for x in remarks]
+    assert reasons == ["seed", "outer_lr", "inner_steps"]
 
 
 def test_ranking():
@@ -384,24 +276,16 @@ def test_ranking():
     marks = [(bar.get_label(), *bar[0].get_xydata()[0].round(3)) for bar in bottom.containers]
     assert ("all", 0.693, -0.2) in marks  # the teacher's
     assert ("given both sizes", 0.218, 0.2) in marks
-    assert [tick.get_text() for tick in bottom.get_yticklabels()] == [
-        "teacher (0.822 s)",
-        "real data, same steps (0.802 s)",
-        "parameter count",
-        "multiply-adds",
-        "noise ceiling (55.9 s)",
-    ]
-    bars = [bar[2][0].get_segments()[0][:, 0] for bar in bottom.containers]
-    np.testing.assert_allclose(bars[0].round(2), (0.49, 0.84))
+    assert bottom.get_yticklabels()[0].get_text() == "teacher (0.822 s)"
+    low_and_high = bottom.containers[0][2][0].get_segments()[0][:, 0]
+    np.testing.assert_allclose(low_and_high.round(2), (0.49, 0.84))
     table = {row[0]: row[1:] for row in nas.ranking_table(search)}
     # an older file has nothing of a half by own score, nor of the first five
     intervals = "0.69 [0.49, 0.84]", "0.05 [-0.32, 0.48]", "-", "0.22 [0.02, 0.45]"
     assert table["teacher"] == [*intervals, "0.00 [0.00, 0.00]", "0.822", "-", "0.9916", "-"]
-    assert table["multiply_adds"][2:] == ["-", "-", "-0.02 [-0.11, 0.07]", "-", "-", "0.9911", "-"]
     for row in search["correlations"]["teacher"]["spearman"].values():
         row["low"] = row["high"] = None  # too few architectures for intervals
-    marks = analyze.draw_search(search)[0].axes[1].containers
-    assert len(marks) == len(bars)
+    assert len(analyze.draw_search(search)[0].axes[1].containers) == len(marks)
 
 
 def test_command_line_pages_and_default_folder(tmp_path):
@@ -423,31 +307,21 @@ def test_command_line_pages_and_default_folder(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff{", b"{}\n", b"[1]\n", b""], ids=["bytes", "empty", "list", "nothing"]
-)
+@pytest.mark.parametrize("content", [b"\xff{", b"{}\n", b"[1]\n", b""])
 def test_damaged_files_are_named_and_the_rest_is_drawn(tmp_path, capsys, monkeypatch, content):
     monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **__: None)  # takes most of the time
-    damaged = make_run(tmp_path, teacher=True)
-    make_run(tmp_path, 2)
-    names = [
-        "log.jsonl",
-        "evaluation.json",
-        "teacher.pt",
-        "nas.json",
-        "../toy-learned-s2/config.json",
-    ]
+    damaged, out = make_run(tmp_path), tmp_path / "out"
+    names = ["log.jsonl", "evaluation.json", "teacher.pt", "nas.json", "copy/config.json"]
+    make_run(tmp_path, 1)
+    (damaged / "copy").mkdir()
     for name in names:
         (damaged / name).write_bytes(content)
-    make_run(tmp_path, 1)
-    assert run("--runs", tmp_path, "--out", tmp_path / "out") == 1
+    assert run("--runs", tmp_path, "--out", out) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == len(names)
-    assert all(any(name.split("/")[-1] in line for line in errors) for name in names)
-    assert (
-        "| toy | learned | in order | 0.700 +- 0.141 | 2 | 1 |"
-        in (tmp_path / "out" / "README.md").read_text()
-    )
+    assert all(any(f"skipped {damaged / name} (" in line for line in errors) for name in names)
+    table = (out / "README.md").read_text()
+    assert "| toy | learned | in order | 0.700 +- 0.141 | 2 | 1 |" in table
 
 
 def test_nothing_to_draw(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Data sets: torchvision's folders, and files of one's own through all four commands."""
 
-import hashlib
 import io
 import zipfile
 
@@ -18,66 +17,25 @@ import nas
     ("dataset", "place"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")]
 )
 def test_no_data_and_no_download(tmp_path, monkeypatch, capsys, dataset, place):
-    def offline(*_, **__):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    where = [
-        "--set",
-        f"dataset={dataset}",
-        "--data",
-        str(tmp_path / "mistyped" / "data"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    status = gtn.run("gtn.py", gtn.main, ["--config", "A", *where])
-    error = capsys.readouterr().err
+    monkeypatch.setattr("urllib.request.urlopen", None)  # offline
+    folder = tmp_path / "mistyped" / "data"
+    where = ["--data", folder, "--runs", tmp_path / "runs", "--set", f"dataset={dataset}"]
+    status, _, error = command(gtn, capsys, "--config", "A", *where)
     assert (status, error.count("\n")) == (2, 1), error
-    for remedy in (str(tmp_path / "mistyped" / "data" / place), "--data", "--config quick"):
+    for remedy in (str(folder / place), "--data", "--config quick"):
         assert remedy in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_memory_for_the_data(monkeypatch, capsys):
-    def exhausted(*_, **__):
-        raise MemoryError("Unable to allocate 9 GiB")
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", exhausted)
-    status = gtn.run("gtn.py", gtn.main, ["--config", "A"])
-    error = capsys.readouterr().err
-    assert (status, error.count("\n")) == (2, 1)
-    assert "MemoryError: Unable to allocate" in error
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([11, 0], "labels must be 0 to K - 1"),
-        ([-1, 0], "labels must be 0 to K - 1"),
-        ([0], "labels must be 2 whole numbers"),
-    ],
-)
-def test_labels_that_are_none(labels, message, monkeypatch):
-    class MNIST:
-        def __init__(self, folder, train, download):
-            self.data = torch.zeros(2, 28, 28, dtype=torch.uint8)
-            self.targets = torch.tensor(labels)
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", MNIST)
-    with pytest.raises(gtn.InputError, match=message):
-        gtn.load_data("mnist", "nowhere", torch.device("cpu"))
-
-
-def arrays(classes=3, shape=(20, 24, 3), count=120, validation=True, column=True):
+def arrays(classes=3, shape=(20, 24, 3), parts=("train", "val", "test")):
     """{name: array} of noise, whose brightness grows with its label."""
-    generator = np.random.default_rng(0)
+    generator, labels = np.random.default_rng(0), np.arange(120, dtype=np.uint8) % classes
+    bright = (labels * (150 // classes)).reshape(120, *[1] * len(shape))
     content = {}
-    for part in ("train", "val", "test") if validation else ("train", "test"):
-        labels = np.arange(count, dtype=np.uint8) % classes
-        noise = generator.integers(0, 100, (count, *shape))
-        bright = (labels * (150 // classes)).reshape(count, *[1] * len(shape))
+    for part in parts:
+        noise = generator.integers(0, 100, (120, *shape))
         content[f"{part}_images"] = (noise + bright).astype(np.uint8)
-        content[f"{part}_labels"] = labels[:, None] if column else labels
+        content[f"{part}_labels"] = labels[:, None] if "val" in parts else labels
     return content
 
 
@@ -89,7 +47,7 @@ def command(program, capsys, *arguments):
 
 
 COLOUR = arrays()
-GREY = arrays(12, (8, 28), validation=False, column=False)
+GREY = arrays(12, (8, 28), ("train", "test"))
 
 
 @pytest.mark.parametrize(("content", "classes"), [(COLOUR, 3), (GREY, 12)])
@@ -97,8 +55,7 @@ def test_images_of_ones_own_through_all_commands(tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     np.savez_compressed("my.npz", **content)
     train = ["--set", *TINY, "dataset=my.npz", "name=mine", "batch_size=5", "--outer-steps", 2]
-    status, output, error = command(gtn, capsys, *train)
-    assert status == 0, error
+    assert command(gtn, capsys, *train)[0] == 0
     folder = tmp_path / "runs" / "mine-learned-s0"
     _, saved = gtn.read_teacher(folder / "teacher.pt")
     assert saved["classes"] == classes
@@ -106,15 +63,11 @@ def test_images_of_ones_own_through_all_commands(tmp_path, capsys, monkeypatch, 
     if classes == 12:
         expected = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 0, 1, 2]]
     assert saved["curriculum"].labels.tolist() == expected
-    sha256 = hashlib.sha256((tmp_path / "my.npz").read_bytes()).hexdigest()
-    assert gtn.read(folder / "config.json")["data_sha256"] == saved["data_sha256"] == sha256
-
     evaluation = ["--evaluate", folder / "teacher.pt", "--learners", 3]
-    status, output, error = command(gtn, capsys, *evaluation)
-    assert (status, output.count("(3 fresh learners)")) == (0, 3), error
     search = [folder / "teacher.pt", "--architectures", 2, "--truth-steps", 3]
-    status, output, error = command(nas, capsys, *search)
-    assert status == 0, error
+    for program, arguments in ((gtn, evaluation), (nas, search)):
+        status, _, error = command(program, capsys, *arguments)
+        assert status == 0, error
     assert [line["classes"] for line in gtn.read(next(folder.rglob("nas.jsonl")))] == [classes] * 2
     with pytest.raises(SystemExit, match="0"):
         analyze.main([])
@@ -128,34 +81,25 @@ def test_images_of_ones_own_through_all_commands(tmp_path, capsys, monkeypatch, 
         assert "was trained on other images than this my.npz" in error
 
 
-def test_validation_is_a_sixth_of_training_if_the_file_has_none(tmp_path):
-    path = tmp_path / "my.npz"
-    np.savez(path, **GREY)
-    data = gtn.load_data(str(path), "", torch.device("cpu"))
-    assert (len(data.train.labels), len(data.validation.labels)) == (100, 20)
-    assert data.train.images.shape[1:] == (1, 8, 28)
-    parts = [data.train, data.validation]
-    pixels = torch.cat([part.images for part in parts]) * data.std + data.mean
-    restored = (255 * pixels).round().to(torch.uint8).numpy()[:, 0]
-    given = GREY["train_images"]
-    pairs = zip(restored, torch.cat([part.labels for part in parts]).tolist(), strict=True)
-    expected = zip(given, GREY["train_labels"].tolist(), strict=True)
-    assert {(x.tobytes(), k) for x, k in pairs} == {(x.tobytes(), k) for x, k in expected}
-    assert len(data.validation.labels.unique()) > 6  # drawn at random
+def test_a_file_is_shuffled_and_a_sixth_of_training_kept_for_validation(tmp_path):
+    order = np.argsort(GREY["train_labels"], kind="stable")  # sorted by class
+    content = {key: x[order] for key, x in GREY.items()}
+    np.savez(tmp_path / "my.npz", **content)
+    data = gtn.load_data("moved/my.npz", tmp_path, torch.device("cpu"))  # found in the folder
+    assert data.train.images.shape == (100, 1, 8, 28)
+
+    def pairs(images, labels):
+        return {(x.tobytes(), k) for x, k in zip(images, labels.tolist(), strict=True)}
+
+    for name, *parts in (("train", data.train, data.validation), ("test", data.test)):
+        pixels = torch.cat([part.images for part in parts]) * data.std + data.mean
+        images = (255 * pixels).round().to(torch.uint8).numpy()
+        expected = pairs(content[f"{name}_images"], content[f"{name}_labels"])
+        assert pairs(images, torch.cat([part.labels for part in parts])) == expected
+    for split in (data.validation, data.test):
+        assert len(gtn.first(split, 20).labels.unique()) > 6
     assert data.train.images.mean().abs() < 1e-5
     assert data.train.images.std() == pytest.approx(1, abs=1e-4)
-
-
-def test_images_that_are_sorted_by_class_are_shuffled(tmp_path):
-    """The first of validation and test count, in validation and after each inner step."""
-    order = np.argsort(COLOUR["train_labels"].flatten(), kind="stable")
-    np.savez(tmp_path / "my.npz", **{key: x[order] for key, x in COLOUR.items()})
-    data = gtn.load_data("moved/my.npz", tmp_path, torch.device("cpu"))  # found in the folder
-    for split in data[:3]:
-        assert gtn.first(split, 30).labels.bincount(minlength=3).min() > 3
-        brightness = split.images.mean((1, 2, 3))
-        means = [brightness[split.labels == k].mean() for k in range(3)]
-        assert means == sorted(means)  # each image has its own label still
 
 
 def test_torchvision_s_last_10_000_images_are_for_validation(monkeypatch):
@@ -189,19 +133,9 @@ def with_label(value, name="train_labels"):
 images = COLOUR["train_images"]
 DAMAGES = [
     (changed(test_labels=None), "test_labels is not a file in the archive"),
-    (changed(train_images=None), "train_images is not a file in the archive"),
-    (changed(val_labels=None), "val_labels is not a file in the archive"),
-    (changed(val_images=None), "val_images is not a file in the archive"),
     (changed(train_images=images.astype(object)), "allow_pickle=False"),
     (changed(train_images=images / 255), "train_images must be uint8"),
-    (changed(train_images=images.astype(np.int8)), "train_images must be uint8"),
-    (changed(train_images=images / np.nan), "train_images must be uint8"),
-    (
-        changed(train_images=np.repeat(images, 2, 3)[..., :4]),
-        "train_images must be uint8 of 1 or 3 channels",
-    ),
-    (changed(train_images=images[0, 0, 0, 0]), "train_images must be uint8"),
-    (changed(train_images=images[0, 0]), "train_images must be uint8"),
+    (changed(train_images=images[..., :2]), "train_images must be uint8 of 1 or 3 channels"),
     (changed(train_images=images[:, :18]), "multiples of 4: 16 x 24 would do"),
     (changed(train_images=np.repeat(images, 7, 1)), "8 to 128 pixels, multiples of 4: 128 x 24"),
     (changed(train_images=images[:, :4]), "multiples of 4: 8 x 24 would do"),
@@ -213,7 +147,6 @@ DAMAGES = [
     (with_label(-1), "labels must be 0 to K - 1"),
     (with_label(5), "labels must be 0 to K - 1"),
     (with_label(3, "test_labels"), "labels must be 0 to K - 1"),
-    (changed(train_labels=0 * COLOUR["train_labels"]), "of 2 to 1,000 classes"),
     (changed(train_images=images[:9], train_labels=COLOUR["train_labels"][:9]), "at most 9"),
 ]
 
@@ -236,11 +169,9 @@ def test_a_file_that_cannot_be_used(tmp_path, capsys, content, message):
 
 def huge():
     """An .npz of a few bytes whose header claims 100 GB of images."""
-    header = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (10**8, 32, 32)}
-    np.lib.format.write_array_header_1_0(header, shape)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
+    np.lib.format.write_array_header_1_0(header := io.BytesIO(), shape)
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as file:
         file.writestr("train_images.npy", header.getvalue() + bytes(100))
     return buffer.getvalue()
 
