@@ -389,6 +389,7 @@ def begin(folder, settings, resume, space, config, data):
         gtn.write(path, settings | {"controls": controls})
     there = gtn.read(path)
     with gtn.reading(path):
+        json.dumps(there, allow_nan=False)  # raises an error for NaN
         keys = "seed", "space", "score", "truth", "sha256"
         changes = [key for key in keys if there[key] != settings[key]]
     if changes or (lines and not resume):

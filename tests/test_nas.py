@@ -361,7 +361,8 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
     line, rest = before[log].decode().split("\n", 1)
     damages = {"teacher": "0.5"}, {"control": math.nan}, {"truth": []}
     damaged = [(log, json.dumps(json.loads(line) | x) + "\n" + rest) for x in damages]
-    for path, text in [*damaged, (settings, "{"), (log, "{}\n" + rest)]:
+    nan = json.dumps(json.loads(before[settings]) | {"controls": {"control": {"lr": math.nan}}})
+    for path, text in [*damaged, (settings, nan), (settings, "{"), (log, "{}\n" + rest)]:
         path.write_text(text)
         assert refused(capsys, f"cannot read {path}", teacher, "--out", out, "--resume"), text
         path.write_bytes(before[path])
