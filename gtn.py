@@ -950,12 +950,10 @@ def begin(config, data, folder, resume, init=None):
             teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
         if init:
             source = read_teacher(init)[0]
-            try:
-                teacher.load_state_dict(source.state_dict())
-            except RuntimeError:
-                source.classes = None
-            if source.classes != data.classes:
+            shapes = [{k: x.shape for k, x in t.state_dict().items()} for t in (source, teacher)]
+            if source.classes != data.classes or shapes[0] != shapes[1]:
                 raise InputError(f"--init {init}: must be of this variant and these sizes")
+            teacher.load_state_dict(source.state_dict())
     betas = config.outer_beta1, config.outer_beta2
     optimizer = torch.optim.Adam(teacher.parameters(), config.outer_lr, betas)
     with reading(path):
