@@ -583,8 +583,8 @@ def draw_correlations(axes, search):
     labels = []
     for y, name in enumerate(names):
         for i, (kind, (statistic, subset)) in enumerate(kinds.items()):
-            row = search["correlations"][name][statistic].get(subset)
-            if not row or row["value"] is None:
+            row = search["correlations"][name][statistic][subset]
+            if row["value"] is None:
                 continue
             low, high = (row["value"] if row[x] is None else row[x] for x in ("low", "high"))
             bar = [[row["value"] - low], [high - row["value"]]]

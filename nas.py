@@ -305,7 +305,7 @@ def costs(lines, settings):
 
 def interval(row):
     """An estimate in words: '0.69 [0.48, 0.84]'; '-' for what is undefined."""
-    if not row or row["value"] is None:
+    if row["value"] is None:
         return "-"
     bounds = "-" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
     return f"{row['value']:.2f} {bounds}"
@@ -332,19 +332,18 @@ def ranking_table(result):
     for name, row in result["correlations"].items():
         method = "truth" if name == "ceiling" else name
         everywhere = row["spearman"]["all"]
-        halves = [row["spearman"].get(subset) for subset in ("top half", "own half")]
+        halves = [row["spearman"][subset] for subset in ("top half", "own half")]
         estimates = everywhere, *halves, row["partial"]["all"]
-        cost = result["seconds"].get(method, {})
-        best = result["best"].get(method, {})
+        cost = result["seconds"].get(method, {})  # none of counting
+        best = result["best"][method]
         cells = [name, *map(interval, estimates)]
         cells.append(interval(everywhere["teacher minus this"]))
         cells += [f"{cost[key]:.3g}" if key in cost else "-" for key in ("mean", "shared")]
-        cells += [f"{best[key]:.4f}" if key in best else "-" for key in ("test", "first")]
+        cells += [f"{best[key]:.4f}" for key in ("test", "first")]
         table.append(cells)
     random = result["best"]["random"]
     picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**random)
-    first = f"{random['first']:.4f}" if "first" in random else "-"
-    return [*table, ["random pick", *"-------", picks, first]]
+    return [*table, ["random pick", *"-------", picks, f"{random['first']:.4f}"]]
 
 
 def report(result):

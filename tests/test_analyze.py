@@ -280,9 +280,9 @@ def test_ranking():
     low_and_high = bottom.containers[0][2][0].get_segments()[0][:, 0]
     np.testing.assert_allclose(low_and_high.round(2), (0.49, 0.84))
     table = {row[0]: row[1:] for row in nas.ranking_table(search)}
-    # an older file has nothing of a half by own score, nor of the first five
-    intervals = "0.69 [0.49, 0.84]", "0.05 [-0.32, 0.48]", "-", "0.22 [0.02, 0.45]"
-    assert table["teacher"] == [*intervals, "0.00 [0.00, 0.00]", "0.822", "-", "0.9916", "-"]
+    halves = "0.01 [-0.36, 0.48]", "-0.28 [-0.52, 0.34]"
+    rest = "0.00 [0.00, 0.00]", "0.822", "8.53", "0.9916", "0.9914"
+    assert table["teacher"] == ["0.69 [0.49, 0.84]", *halves, "0.22 [0.02, 0.45]", *rest]
     for row in search["correlations"]["teacher"]["spearman"].values():
         row["low"] = row["high"] = None  # too few architectures for intervals
     assert len(analyze.draw_search(search)[0].axes[1].containers) == len(marks)
