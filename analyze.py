@@ -577,7 +577,7 @@ def draw_correlations(axes, search):
     names = [name for name in METHODS if name in search["correlations"]]
     kinds = {
         "all": ("spearman", "all"),
-        "top half by its own score": ("spearman", "own half"),
+        "better half by its own score": ("spearman", "half by score"),
         "given both sizes": ("partial", "all"),
     }
     labels = []

@@ -8,15 +8,15 @@ teacher's curriculum, by the best of several teachers, and measures what the ran
     python nas.py TEACHER.pt OTHER.pt --space search
     torchrun --nproc-per-node 2 nas.py TEACHER.pt  # the same result by two processes
 
-  teacher      validation accuracy after three passes over the teacher's curriculum of T steps
+  teacher      validation accuracy after three passes over a teacher's curriculum of T steps:
+               the mean of two learners, each at once and twice the learning rates
   control      the same, from the same theta_0, on 3 T real batches with tuned rates
   control_all  the same, on as many real batches as all teachers have together
   truth        validation accuracy after full training, the mean over `--repeats` seeds
 
-Test accuracy is reported, and never used for selection.
+Test accuracy is reported, and never chooses an architecture.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -71,23 +71,20 @@ PEAK_LR = 0.02
 DECAY = 0.01
 RECIPE = f"AdamW, one-cycle learning rate up to {PEAK_LR}, weight decay {DECAY}, batches of {BATCH}"
 PASSES = 3  # over a curriculum
-LEARNERS = 2  # whose mean accuracy is the score,
-RATES = (1, 2)  # at once and at twice the learning rates
+LEARNERS = 2  # for each of the rates; the score is the mean of all
+RATES = (1, 2)  # factors of the learning rates
 TUNED = 8  # architectures, on which a control's rates are tuned
 
 
 def train_briefly(source, architecture, data, settings, rate=1, k=0):
-    """Validation accuracy of learner k after PASSES x T inner steps, fixed by seed and arguments.
+    """Validation accuracy of learner k after its inner steps, fixed by seed and arguments.
 
-    source: a Curriculum of so many steps, or a function of data that returns one of T.
+    source: a function of data that returns a Curriculum. theta_0 is the same for all rates.
     """
     key = settings["seed"], gtn.SHORT_TRAINING, k, *repr(architecture).encode()
-    curriculum = source
     with gtn.seeded(*key), torch.no_grad():
         theta = gtn.init_learner(architecture, data.train.images.shape[1:]).to(data.mean)
-        if callable(source):  # a teacher, which may draw images or an order for every pass
-            passes = [source(data) for _ in range(PASSES)]
-            curriculum = gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True)))
+        curriculum = source(data)
     faster = curriculum._replace(lr=rate * curriculum.lr)
     *_, (theta, _) = gtn.unroll(theta, faster, architecture)
     split = gtn.first(data.validation, settings["config"]["validation_images"])
@@ -120,16 +117,37 @@ def train_fully(architecture, data, steps, seed, repeat):
     return {name: gtn.accuracy(theta, split, architecture) for name, split in splits.items()}
 
 
-def control_curriculum(config, data, seed, steps, lr, momentum):
-    """Real batches, as large as the teacher's; the seed alone fixes them."""
-    with gtn.seeded(seed, gtn.SHORT_TRAINING):
-        batches = gtn.sample(data.train, steps, config.batch_size)
-    rates = [data.mean.new_full((steps,), x) for x in (lr, momentum)]
-    return gtn.Curriculum(*batches, *rates)
+def teacher_source(teacher, content):
+    """PASSES over the curriculum, a function of data; `random` and `real` draw it anew for each."""
+
+    def source(data):
+        passes = []
+        for _ in range(PASSES):
+            drawn = teacher.config.variant in ("random", "real")
+            curriculum = teacher(data) if drawn else content["curriculum"]
+            passes.append(curriculum.shuffled(teacher.config.order))
+        return gtn.Curriculum(*map(torch.cat, zip(*passes, strict=True)))
+
+    return source
+
+
+def control_source(config, seed, steps, lr, momentum):
+    """Real batches, as large as the teacher's, a function of data; the seed alone fixes them."""
+
+    def source(data):
+        with gtn.seeded(seed, gtn.SHORT_TRAINING):
+            batches = gtn.sample(data.train, steps, config.batch_size)
+        rates = [data.mean.new_full((steps,), x) for x in (lr, momentum)]
+        return gtn.Curriculum(*batches, *rates)
+
+    return source
 
 
 def tune_control(space, config, data, settings, steps):
-    """{"steps", "lr", "momentum", ...}: the best of a grid, on other architectures."""
+    """{"steps", "lr", "momentum", ...}: the best of a grid, on other architectures.
+
+    By one learner of each at these very rates: a quarter of a score's time.
+    """
     started = time.perf_counter()
     seed = settings["seed"]
     with gtn.seeded(seed, gtn.TUNING):
@@ -137,15 +155,15 @@ def tune_control(space, config, data, settings, steps):
     grid = []
     pairs = [*itertools.product((0.003, 0.01, 0.03, 0.1, 0.3), (0.5, 0.9))]
     for lr, momentum in tqdm(pairs, "control's grid", disable=None):
-        control = control_curriculum(config, data, seed, steps, lr, momentum)
-        accuracies = [train_briefly(control, other, data, settings) for other in others]
+        source = control_source(config, seed, steps, lr, momentum)
+        accuracies = [train_briefly(source, other, data, settings) for other in others]
         grid.append({"lr": lr, "momentum": momentum, "validation": float(np.mean(accuracies))})
     best = max(grid, key=lambda row: row["validation"])
     return best | {"steps": steps, "grid": grid, "seconds": time.perf_counter() - started}
 
 
 def measure(architecture, data, sources, settings):
-    """A line of nas.jsonl; seconds of truth: of one full training with validation and test.
+    """Measure an architecture: its line of nas.jsonl. Seconds of truth are of one full training.
 
     sources: {method: [source, ...]}, of which the best score counts.
     """
@@ -170,7 +188,7 @@ def measure(architecture, data, sources, settings):
 
 RESAMPLES = 1000  # of the bootstrap
 ENOUGH = 8  # architectures for an interval
-FIRST = 5  # of a ranking, of which full training would take the best
+SHORTLIST = 5  # the first of a ranking, of which full training would take the best
 
 
 def ranks(x):
@@ -184,7 +202,8 @@ def ranks(x):
 def spearman(x, y, given=()):
     """Spearman's rank correlation of values x and y [n]: Pearson's of their ranks.
 
-    Partial, if others are given: of what a linear regression on their ranks leaves; or nan.
+    Partial, if others are given: of what a linear regression on their ranks leaves. nan if nothing
+    varies.
     """
     design = np.stack([np.ones(len(x)), *map(ranks, given)], 1)
     projection = design @ np.linalg.pinv(design)
@@ -206,26 +225,26 @@ def spearman_of_best(x, y):
 
 
 def statistics(methods, repeats):
-    """{(method, statistic, subset): value}; subsets: all, better half by truth, by own score.
+    """{(method, statistic, subset): value}; half by truth, half by score: the better halves.
 
     methods: {name: values [n]}; repeats [R, n]: full training under each seed.
     """
     truth = repeats.mean(0)
+    half = best_half(truth)
+    given = [methods[name] for name in SIZES]
+    tests = {
+        ("spearman", "all"): spearman,
+        ("spearman", "half by truth"): lambda x, y: spearman(x[half], y[half]),
+        ("spearman", "half by score"): spearman_of_best,
+        ("partial", "all"): lambda x, y: spearman(x, y, given),
+    }
     values = {}
-    for subset, index in {"all": np.arange(len(truth)), "top half": best_half(truth)}.items():
-        given = [methods[name][index] for name in SIZES]
-        tests = {"spearman": spearman, "partial": functools.partial(spearman, given=given)}
-        for statistic, correlation in tests.items():
-            for name, x in methods.items():
-                values[name, statistic, subset] = correlation(x[index], truth[index])
-            pairs = itertools.combinations(repeats[:, index], 2)
-            agreements = [correlation(x, y) for x, y in pairs] or [math.nan]
-            values["ceiling", statistic, subset] = np.mean(agreements)
-    for name, x in methods.items():
-        values[name, "spearman", "own half"] = spearman_of_best(x, truth)
-    pairs = itertools.permutations(repeats, 2)
-    agreements = [spearman_of_best(x, y) for x, y in pairs] or [math.nan]
-    values["ceiling", "spearman", "own half"] = np.mean(agreements)
+    for test, correlation in tests.items():
+        for name, x in methods.items():
+            values[name, *test] = correlation(x, truth)
+        pairs = itertools.permutations(repeats, 2)  # the first of a pair may choose the half
+        agreements = [correlation(x, y) for x, y in pairs]
+        values["ceiling", *test] = np.mean(agreements or math.nan)
     return values
 
 
@@ -265,6 +284,14 @@ def correlations(methods, repeats, seed):
 # ---- results ----
 
 
+def expected_best(truth, test):
+    """Expected test accuracy of the best by truth among SHORTLIST random architectures."""
+    k = min(SHORTLIST, len(test))
+    # the i-th best is it if the k - 1 others all come after it
+    draws = [math.comb(len(test) - 1 - i, k - 1) for i in range(len(test))]
+    return np.average(test[np.argsort(-truth, kind="stable")], weights=draws)
+
+
 def conclude(lines, settings):
     """The content of nas.json: settings, measurements and what follows from them."""
     validation = np.array([[repeat["validation"] for repeat in x["truth"]] for x in lines]).T
@@ -275,15 +302,11 @@ def conclude(lines, settings):
     best = {}
     for name, values in (methods | {"truth": truth}).items():
         order = np.argsort(-np.array(values), kind="stable")
-        picked = max(order[:FIRST], key=lambda i: truth[i])
-        best[name] = {"index": int(order[0]), "test": test[order[0]], "first": test[picked]}
+        picked = max(order[:SHORTLIST], key=lambda i: truth[i])
+        best[name] = {"index": int(order[0]), "test": test[order[0]], "shortlist": test[picked]}
     picks = gtn.summary(test.tolist())
     best["random"] = {key: picks[key] for key in ("mean", "std", "n")}
-    # the i-th best by truth is the best of k random ones so many times
-    k = min(FIRST, len(lines))
-    times = [math.comb(len(lines) - 1 - i, k - 1) for i in range(len(lines))]
-    ordered = test[np.argsort(-truth, kind="stable")]
-    best["random"] |= {"first": np.average(ordered, weights=times), "best": max(test.tolist())}
+    best["random"] |= {"shortlist": expected_best(truth, test), "best": max(test.tolist())}
     return settings | {
         "architectures": lines,
         "correlations": correlations(methods, validation, settings["seed"]),
@@ -325,25 +348,25 @@ def architecture_table(lines):
 
 def ranking_table(result):
     """Rows of text, the header first: how well each method ranks, and at what cost."""
-    header = ["Spearman with the truth", "all", "better half", "own top half", "given both sizes"]
+    halves = "half by truth", "half by score"
+    header = ["Spearman with the truth", "all", *halves, "given both sizes"]
     header += ["teacher minus it", "seconds", "with preparation"]
-    header += ["test accuracy of its best", f"of {FIRST}"]
+    header += ["test accuracy of its best", f"of {SHORTLIST}"]
     table = [header]
     for name, row in result["correlations"].items():
         method = "truth" if name == "ceiling" else name
-        everywhere = row["spearman"]["all"]
-        halves = [row["spearman"][subset] for subset in ("top half", "own half")]
-        estimates = everywhere, *halves, row["partial"]["all"]
+        estimates = [row["spearman"][subset] for subset in ("all", *halves)]
+        estimates.append(row["partial"]["all"])
         cost = result["seconds"].get(method, {})  # none of counting
         best = result["best"][method]
         cells = [name, *map(interval, estimates)]
-        cells.append(interval(everywhere["teacher minus this"]))
+        cells.append(interval(estimates[0]["teacher minus this"]))
         cells += [f"{cost[key]:.3g}" if key in cost else "-" for key in ("mean", "shared")]
-        cells += [f"{best[key]:.4f}" for key in ("test", "first")]
+        cells += [f"{best[key]:.4f}" for key in ("test", "shortlist")]
         table.append(cells)
     random = result["best"]["random"]
     picks = "{mean:.4f} +- {std:.4f}, best {best:.4f} (n = {n})".format(**random)
-    return [*table, ["random pick", *"-------", picks, f"{random['first']:.4f}"]]
+    return [*table, ["random pick", *["-"] * 7, picks, f"{random['shortlist']:.4f}"]]
 
 
 def report(result):
@@ -398,7 +421,7 @@ def begin(folder, settings, resume, space, config, data):
         raise gtn.InputError(f"{folder} holds {which} choose another --out")
     with gtn.reading(log):
         done = {architecture_of(line): line for line in lines}
-        if lines:  # raises an error if a number is missing
+        if lines:  # raises an error now, not after hours, if a number is missing
             json.dumps(conclude(lines, settings | there), allow_nan=False)
     gtn.write(log, lines)  # without a last line that was never finished
     return there["controls"], done
@@ -418,7 +441,7 @@ def describe(args, contents, config, space, device):
         "truth": {"steps": args.truth_steps, "repeats": args.repeats, "recipe": RECIPE},
         "environment": gtn.environment(device),
     }
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings))  # with lists, to compare with what is there
 
 
 def measure_missing(folder, architectures, done, data, sources, settings):
@@ -433,19 +456,13 @@ def measure_missing(folder, architectures, done, data, sources, settings):
     return [done[architecture] for architecture in architectures]
 
 
-def source_of(teacher, content):
-    """The curriculum of one pass, a function of data; `random` and `real` draw it anew."""
-    if teacher.config.variant in ("random", "real"):
-        return teacher
-    return lambda _: content["curriculum"].shuffled(teacher.config.order)
-
-
 def search(args, device):
     """All of it; the folder gets search.json, nas.jsonl, and at the end nas.json."""
     configs = [gtn.read_teacher(path)[0].config for path in args.teachers]
     kinds = {(x.dataset, x.inner_steps, x.batch_size) for x in configs}
     if len(kinds) > 1 or len({gtn.sha256_of(path) for path in args.teachers}) < len(configs):
-        raise gtn.InputError("teachers must differ, in one dataset, inner_steps and batch_size")
+        same = "the same dataset, inner_steps and batch_size"
+        raise gtn.InputError(f"teachers must be different files with {same}")
     config = configs[0]
     data = gtn.load_data(config.dataset, args.data, device)
     teachers, contents = zip(
@@ -464,10 +481,10 @@ def search(args, device):
         if gtn.WORLD > 1:
             torch.distributed.broadcast_object_list(begun)
         settings["controls"], done = begun[0]
-        sources = {"teacher": [*map(source_of, teachers, contents)]}
+        sources = {"teacher": [*map(teacher_source, teachers, contents)]}
         for name, control in settings["controls"].items():
             numbers = [control[key] for key in ("steps", "lr", "momentum")]
-            sources[name] = [control_curriculum(config, data, args.seed, *numbers)]
+            sources[name] = [control_source(config, args.seed, *numbers)]
         lines = measure_missing(folder, architectures, done, data, sources, settings)
         if gtn.RANK == 0:
             result = conclude(lines, settings)
@@ -480,13 +497,13 @@ def main(arguments=None):
     """The command line of nas.py."""
     parser = gtn.argument_parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    help_teachers = "of runs of gtn.py; the best of several counts"
+    help_teachers = "files of gtn.py; the best score of several counts"
     add("teachers", type=Path, nargs="+", metavar="TEACHER.pt", help=help_teachers)
     add("--architectures", type=int, default=64, help="how many to sample (default: 64)")
-    add("--space", metavar="CONFIG", help="of this config (default: of the teacher's)")
+    add("--space", metavar="CONFIG", help="config (default: the first teacher's)")
     add("--seed", type=int, default=0, help="fixes everything on a CPU (default: 0)")
-    add("--truth-steps", type=int, default=800, help="of full training (default: 800)")
-    add("--repeats", type=int, default=2, help="full trainings of each (default: 2)")
+    add("--truth-steps", type=int, default=800, help="steps of full training (default: 800)")
+    add("--repeats", type=int, default=2, help="full trainings of one (default: 2)")
     add("--out", type=Path, help="folder to write (default: nas-SPACE-sSEED beside the teacher)")
     add("--resume", action="store_true", help="continue the search in its folder")
     args = parser.parse_args(arguments)

@@ -63,7 +63,7 @@ def test_bootstrap_intervals_against_resampled_lists(monkeypatch):
     monkeypatch.setattr(nas, "RESAMPLES", 100)
     result = nas.correlations(methods, [truth.tolist()], 5)["method"]
     counts = np.random.default_rng([5, gtn.BOOTSTRAP]).multinomial(n, np.full(n, 1 / n), 100)
-    best_by = {"all": (truth, n), "top half": (truth, 6), "own half": (method, 6)}
+    best_by = {"all": (truth, n), "half by truth": (truth, 6), "half by score": (method, 6)}
     for subset, (by, size) in best_by.items():
         values = []
         for count in [np.ones(n, int), *counts]:
@@ -93,7 +93,7 @@ def test_the_ceiling_differences_and_what_is_undefined(monkeypatch):
     a, b, c = [1.0, 2, 3, 4, 5], [2.0, 1, 4, 3, 5], [5.0, 4, 3, 2, 1]
     ceiling = nas.correlations(with_sizes(teacher=a), [a, b, c], 0)["ceiling"]["spearman"]
     assert ceiling["all"]["value"] == pytest.approx((0.8 - 1 - 0.8) / 3)  # the mean over pairs
-    assert ceiling["own half"]["value"] == pytest.approx((0.5 + 0.5 - 1 - 1 - 0.5 - 0.5) / 6)
+    assert ceiling["half by score"]["value"] == pytest.approx((0.5 + 0.5 - 1 - 1 - 0.5 - 0.5) / 6)
     found = nas.correlations(with_sizes(teacher=a, rival=b, same=[7] * 5), [a, b], 0)
     truth = np.mean([a, b], 0)
     difference = found["rival"]["spearman"]["all"]["teacher minus this"]["value"]
@@ -102,7 +102,9 @@ def test_the_ceiling_differences_and_what_is_undefined(monkeypatch):
     assert set(same.values()) == {0.0}  # paired: not a spread
     nothing = {"value": None, "low": None, "high": None}
     nothing = nothing | {"teacher minus this": nothing}
-    assert found["same"]["spearman"] == dict.fromkeys(("all", "top half", "own half"), nothing)
+    assert found["same"]["spearman"] == dict.fromkeys(
+        ("all", "half by truth", "half by score"), nothing
+    )
     single = nas.correlations(with_sizes(teacher=b), [a], 0)  # no second training
     assert single["ceiling"]["spearman"]["all"] == nothing
 
@@ -144,8 +146,19 @@ def test_a_score_is_the_mean_over_learners_and_rates_after_three_passes():
             *_, (theta, _) = gtn.unroll(theta, thrice._replace(lr=rate * thrice.lr), architecture)
             means.append(gtn.accuracy(theta, split, architecture))
     assert len(set(means)) > 1
-    for source in (thrice, lambda _: next(turns)):
+
+    def draw(_):
+        return next(turns)
+
+    draw.config = gtn.Config(variant="random")
+    for source in (lambda _: thrice, nas.teacher_source(draw, {})):
         assert nas.score(source, architecture, data, settings) == pytest.approx(np.mean(means))
+    for variant in ("learned", "random"):
+        draw.config = gtn.Config(variant=variant, order="all-shuffled")
+        images = nas.teacher_source(draw, {"curriculum": curriculum})(data).images
+        assert images.shape == thrice.images.shape
+        assert not torch.equal(images[:5], curriculum.images)
+        assert set(images.flatten().tolist()) == set(curriculum.images.flatten().tolist())
 
 
 def test_truth_is_of_whole_epochs(monkeypatch):
@@ -169,7 +182,8 @@ def test_truth_is_of_whole_epochs(monkeypatch):
 def test_the_control_is_the_best_of_its_grid_on_the_same_real_batches(monkeypatch):
     (teacher, data, *_), taught = tiny(), []
 
-    def train_briefly(curriculum, architecture, *_):
+    def train_briefly(source, architecture, data, _):
+        curriculum = source(data)
         taught.append((curriculum, architecture))
         return 1 - abs(curriculum.lr[0].item() - 0.1) - abs(curriculum.momentum[-1].item() - 0.5)
 
@@ -238,8 +252,10 @@ def test_a_search_end_to_end(teacher, few, capsys):
     assert list(result["controls"]) == ["control"]
     lines = result["architectures"]
     control = [result["controls"]["control"][key] for key in ("steps", "lr", "momentum")]
-    curriculum = nas.control_curriculum(source.config, few, 0, *control)
-    sources = {"teacher": [source], "control": [curriculum]}
+    sources = {
+        "teacher": [nas.teacher_source(*gtn.read_teacher(teacher))],
+        "control": [nas.control_source(source.config, 0, *control)],
+    }
     for x in reversed(lines):
         again = nas.measure(nas.architecture_of(x), few, sources, result)
         assert without_seconds([x]) == without_seconds(
@@ -251,9 +267,11 @@ def test_a_search_end_to_end(teacher, few, capsys):
     first = test[max(range(3), key=lambda i: truth[i])]  # of three architectures, all are first
     for method in ("teacher", "multiply_adds"):
         pick = max(range(3), key=lambda i: lines[i][method])
-        assert best[method] == pytest.approx({"index": pick, "test": test[pick], "first": first})
+        assert best[method] == pytest.approx(
+            {"index": pick, "test": test[pick], "shortlist": first}
+        )
     expected = {"mean": np.mean(test), "std": np.std(test, ddof=1), "best": max(test), "n": 3}
-    assert best["random"] == pytest.approx(expected | {"first": first})
+    assert best["random"] == pytest.approx(expected | {"shortlist": first})
     assert result["teacher_seconds"] == gtn.read(teacher)["seconds"]
 
 
@@ -308,7 +326,7 @@ def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
     scores = [line["teacher"] for line in gtn.read(alone / "nas.jsonl")]
     assert scores == [line["teacher scores"][1] for line in result["architectures"]]
     assert result["teacher_seconds"] == 2 * content["seconds"]
-    message = "teachers must differ, in one dataset, inner_steps and batch_size"
+    message = "teachers must be different files with the same dataset, inner_steps and batch_size"
     assert refused(capsys, message, teacher, worse, teacher)
     gtn.write(other, content | {"config": content["config"] | {"dataset": "fashion"}})
     assert refused(capsys, message, teacher, other)
