@@ -71,8 +71,8 @@ def known(source, config, order):
 # ---- reading ----
 
 BUDGET = "dataset", "inner_steps", "batch_size"  # the same in all runs of a name
-FREE = {field.name for field in dataclasses.fields(gtn.Config) if field.metadata["free"]}
-INCIDENTAL = {"seed", *FREE}  # may differ in runs of one mean
+# may differ in runs of one mean
+INCIDENTAL = {x.name for x in dataclasses.fields(gtn.Config) if x.metadata["free"]} | {"seed"}
 
 # A run folder; log, evaluation and teacher are {} where the file is missing or damaged
 Run = collections.namedtuple("Run", "folder config device command log evaluation teacher")
@@ -135,7 +135,7 @@ def read_run(path, damaged):
     T = config.inner_steps
     teacher = folder / "teacher.pt"
     if config.condition == "learned" and not teacher.exists():
-        teacher = folder.with_name(f"{config.name}.pt")  # its curriculum, published
+        teacher = folder / f"../{config.name}.pt"  # its curriculum, published
 
     def read_teacher(path):
         content = gtn.read_teacher(path)[1]
@@ -165,11 +165,12 @@ def group_runs(runs):
     for run in sorted(runs, key=place):
         conditions = groups.setdefault(run.config.name, {})
         same = conditions.get(run.config.condition, [])
-        model = (same or next(iter(conditions.values()), [run]))[0]
+        twins = [x for x in same if x.config.seed == run.config.seed]
+        model = (twins or same or next(iter(conditions.values()), [run]))[0]
         settings = vars(run.config)
         keys = [key for key in settings if key not in INCIDENTAL] if same else BUDGET
         differences = [key for key in keys if settings[key] != vars(model.config)[key]]
-        if run.config.seed in [x.config.seed for x in same]:
+        if twins:
             differences = differences or ["seed"]
         if differences:
             reason = f"its {', '.join(differences)} does not go with {model.folder}"
@@ -183,7 +184,7 @@ def next_command(run):
     """A line that says how far an unfinished run is, and the command that continues it; or None."""
     steps = run.config.outer_steps
     step = run.log.get("step", steps)
-    if step == steps and run.evaluation:
+    if step == steps and {*gtn.ORDERS} <= {*run.evaluation}:
         return None
     command = shlex.join([*run.command, "--resume"])
     return f"{run.folder}: not finished, {step:,} of {steps:,} outer steps: {command}"
@@ -213,7 +214,7 @@ def result_table(groups):
         if not tests:
             continue
         config = runs[0].config
-        pooled = gtn.summary([*np.concatenate(tests)])
+        pooled = gtn.summary(np.concatenate(tests))
         means = gtn.summary([x.mean() for x in tests])
         minutes = [run.log["minutes"] for run in runs if run.log]
         transductive = ", transductive" if config.normalization == "batch" else ""
@@ -233,7 +234,7 @@ def result_table(groups):
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PALETTE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00"
-COLOURS = dict(zip(gtn.VARIANTS, itertools.cycle(PALETTE), strict=False))
+COLOURS = dict(zip(gtn.VARIANTS, PALETTE, strict=False))
 LINES = dict(zip(gtn.ORDERS, ("-", "--", ":"), strict=True))
 METHODS = {
     "teacher": "teacher",
@@ -267,9 +268,9 @@ def new_figure(config, height, *grid, title="", **options):
     return figure, figure.subplots(*grid, **options)
 
 
-def logarithmic(axes, axis):
+def logarithmic(axis):
     """A logarithmic axis, with ticks at 1, 2 and 5 in plain numbers."""
-    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_locator(NullLocator())
@@ -284,11 +285,11 @@ class AccuracyLocator(FixedLocator):
         return inside if len(inside) > 1 else MaxNLocator(4).tick_values(low, high)
 
 
-def spaced_by_error(axis, set_scale):
+def spaced_by_error(axis):
     """An axis of accuracies, spaced like the logarithm of the error to tell those near 1 apart."""
-    to_axis = lambda accuracy: -np.log10(np.maximum(1 - accuracy, 1e-4))  # noqa: E731
-    from_axis = lambda position: 1 - 10.0**-position  # noqa: E731
-    set_scale("function", functions=(to_axis, from_axis))
+    functions = (lambda x: -np.log10(np.maximum(1 - x, 1e-4))), (lambda y: 1 - 10.0**-y)
+    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
+    set_scale("function", functions=functions)
     ticks = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]
     axis.set_major_locator(AccuracyLocator(ticks))
     axis.set_major_formatter("{x:g}")
@@ -339,11 +340,11 @@ def draw_training(conditions, config):
             if smooth:
                 draw_mean(axes, smooth, config, log=True, label=condition)
         axes.set(ylabel=name)
-        logarithmic(axes, axes.yaxis)
+        logarithmic(axes.yaxis)
     panels[1].set(xlabel="outer steps")
     caption = (
         "1 - validation accuracy, of learners in the teacher's own order, and meta-loss. "
-        "Dots: as logged; lines: running mean of the logarithm, over seeds; "
+        "Dots: single values; lines: running mean of the logarithm, over seeds; "
         "bands: one standard deviation over seeds."
     )
     return figure, caption
@@ -356,7 +357,7 @@ def draw_orders(conditions, config):
         if values := evaluated(runs, order):
             boxes.append((f"{condition}, {order}", runs[0].config, order, values))
     figure, axes = new_figure(config, 1.3 + 0.26 * len(boxes))
-    spaced_by_error(axes.xaxis, axes.set_xscale)
+    spaced_by_error(axes.xaxis)
     for y, (_, config, order, values) in enumerate(boxes):
         options = {"widths": 0.6, "orientation": "horizontal", "manage_ticks": False, "sym": "."}
         box = axes.boxplot(np.concatenate(values), positions=[y], **options)
@@ -375,8 +376,8 @@ def draw_orders(conditions, config):
     axes.grid(axis="y", visible=False)
     caption = (
         "Test accuracy with the curriculum in order, with its batches shuffled along the inner "
-        "steps, and with all its images shuffled. Teachers were trained in order unless their "
-        "name says in which other order. Boxes: median and quartiles."
+        "steps, and with all its images shuffled. Teachers were trained in order, unless their "
+        "name says otherwise. Boxes: median and quartiles."
     )
     return figure, caption
 
@@ -384,7 +385,7 @@ def draw_orders(conditions, config):
 def draw_steps(conditions, config):
     """Test accuracy after each inner step."""
     figure, axes = new_figure(config, 4.4)
-    spaced_by_error(axes.yaxis, axes.set_yscale)
+    spaced_by_error(axes.yaxis)
     for condition, runs in conditions.items():
         config = runs[0].config
         values = evaluated(runs, "every step")
@@ -411,10 +412,10 @@ def draw_rates(conditions, config):
                 series = [(1 + np.arange(len(curve)), curve) for curve in curves]
                 draw_mean(axes, series, runs[0].config, log=key == "lr", label=condition)
         axes.set(xlabel="inner step", ylabel=name)
-    logarithmic(panels[0], panels[0].yaxis)
+    logarithmic(panels[0].yaxis)
     caption = (
-        "At the last validation; bands: one standard deviation over seeds, of the learning rate's "
-        "logarithm."
+        "Rates at the last validation; bands: one standard deviation over seeds, of the learning "
+        "rate's logarithm."
     )
     return figure, caption
 
@@ -429,21 +430,22 @@ def draw_overview(groups):
         both = [conditions.get(variant, []) for variant in ("learned", "real")]
         if all(evaluated(runs, "every step") for runs in both) and both[0][0].teacher:
             columns.setdefault(both[0][0].config.dataset, conditions)
-    figure = Figure(figsize=(4.8 * max(len(columns), 1), 3.2), layout="constrained")
     if not columns:
-        return figure, ""
+        return Figure(), ""
+    figure = Figure(figsize=(4.8 * len(columns), 3.2), layout="constrained")
     options = {"squeeze": False, "sharex": "col", "height_ratios": (1, 2.4)}
     panels = figure.subplots(2, len(columns), **options)
     for (strip, axes), (dataset, conditions) in zip(panels.T, columns.items(), strict=True):
         run = conditions["learned"][0]
-        images = run.teacher["curriculum"].images[:, :3]  # of labels 0, 1 and 2
+        images = run.teacher["curriculum"].images[:, :3]
         pixels = images.movedim(2, 4) * run.teacher["std"] + run.teacher["mean"]
         sheet = pixels.clamp(0, 1).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
         T = run.config.inner_steps
         look = {"aspect": "auto", "interpolation": "nearest", "cmap": "gray", "vmin": 0, "vmax": 1}
         strip.imshow(sheet.squeeze(2).numpy(), extent=(0.5, T + 0.5, 0, 1), **look)
         strip.axis("off")
-        strip.set_title(f"{dataset}: images of a teacher", size=11)
+        title = f"{Path(dataset).name}: images of a teacher"
+        strip.set_title(title, size=11, parse_math=False)
         for name, label in (("learned", "its images"), ("real", "real images")):
             curves = np.concatenate(evaluated(conditions[name], "every step"))
             series = [(1 + np.arange(T), curve) for curve in curves]
@@ -452,7 +454,7 @@ def draw_overview(groups):
             axes.text(T, end, f"{end:.2f}", ha="right", va="bottom")
         axes.set(xlabel="SGD step", ylabel="test accuracy", ylim=(0, 1))
     caption = (
-        "Above: the first images of labels 0, 1 and 2 in each of a teacher's batches. Below: "
+        "Above: the first three images in each of a teacher's batches. Below: "
         "accuracy of fresh learners on 1,000 test images after each step on such batches, and on "
         "real ones; bands: one standard deviation over learners."
     )
@@ -460,9 +462,9 @@ def draw_overview(groups):
 
 
 def equal_steps(accuracy, steps, accuracies):
-    """SGD steps after which accuracies [S] reach one, interpolated in their logarithm; or inf."""
+    """SGD steps after which accuracies [S] reach one, interpolated in their logarithm; 0 or inf."""
     rising = np.maximum.accumulate(accuracies)
-    return np.exp(np.interp(accuracy, rising, np.log(steps), right=np.inf))
+    return np.exp(np.interp(accuracy, rising, np.log(steps), left=-np.inf, right=np.inf))
 
 
 def draw_equivalents(runs):
@@ -472,8 +474,8 @@ def draw_equivalents(runs):
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    spaced_by_error(axes.yaxis, axes.set_yscale)
-    logarithmic(axes, axes.xaxis)
+    spaced_by_error(axes.yaxis)
+    logarithmic(axes.xaxis)
     worth = []
     for dataset, colour in zip(gtn.DATASETS, PALETTE, strict=False):
         tested = [x for x in runs if x.config.dataset == dataset and "in order" in x.evaluation]
@@ -495,22 +497,24 @@ def draw_equivalents(runs):
         axes.errorbar(steps, mean, std, color=colour, marker=".", label=f"{dataset}: real data")
         accuracy = teacher.evaluation["in order"].mean()
         bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]
-        ends = [teacher.config.inner_steps, min(bounds[0], steps[-1])]
+        ends = [teacher.config.inner_steps, np.clip(bounds[0], steps[0], steps[-1])]
         look = {"color": colour, "linestyle": ":", "marker": "*", "markevery": [0]}
         axes.plot(ends, [accuracy, accuracy], label=f"{dataset}: a teacher", **look)
-        equal, low, high = (f"{x:,.0f}" if x < np.inf else f"over {steps[-1]}" for x in bounds)
+        words = {0: f"under {steps[0]}", np.inf: f"over {steps[-1]}"}
+        equal, low, high = (words.get(x, f"{x:,.0f}") for x in bounds)
         worth.append(f"{dataset} {ends[0]} steps for {equal} real ones [{low}, {high}]")
     axes.set(xlabel="SGD steps", ylabel="test accuracy")
     caption = (
         "Test accuracy of fresh learners after so many SGD steps on real batches, with rates that "
         "were learned for each number of steps (bars: one standard deviation), and after those of "
-        f"a teacher: {'; '.join(worth)}, for learners one standard deviation better, and worse."
+        f"a teacher: {'; '.join(worth)}. In brackets: for learners one standard deviation better, "
+        "and worse."
     )
     return figure, caption
 
 
 def draw_images(run):
-    """The first 20 images of the batches of a teacher.pt, of 20 at most, sorted by label.
+    """The first 20 images of up to 20 batches of a teacher.pt, sorted by label.
 
     Grey ones are shown in a colour map that is white at 0.
     """
@@ -557,8 +561,8 @@ def draw_search(search):
     truth = [np.mean([repeat["validation"] for repeat in row["truth"]]) for row in rows]
     colours = {"c": [row["multiply_adds"] for row in rows], "norm": "log", "cmap": "viridis"}
     figure.colorbar(top.scatter(by_teacher, truth, s=22, **colours), ax=top, label="multiply-adds")
-    spaced_by_error(top.xaxis, top.set_xscale)
-    spaced_by_error(top.yaxis, top.set_yscale)
+    spaced_by_error(top.xaxis)
+    spaced_by_error(top.yaxis)
     top.set(xlabel="validation accuracy by the teacher")
     top.set(ylabel="validation accuracy\nafter full training")
     draw_correlations(bottom, search)
@@ -566,14 +570,14 @@ def draw_search(search):
     origin = search["environment"]
     caption = (
         f"Full training: {full['recipe']}, {full['steps']:,} steps, mean of {full['repeats']}; "
-        "noise ceiling: one against another. Bars: 95 % intervals. In brackets: the time for an "
-        f"architecture. {origin['device']}; `{origin['command']}`."
+        "noise ceiling: one full training against another. Bars: 95 % intervals. In brackets: "
+        f"the time for an architecture. {origin['device']}; `{origin['command']}`."
     )
     return figure, caption
 
 
 def draw_correlations(axes, search):
-    """Spearman's correlation of each method with full training, three times, with intervals."""
+    """Spearman's correlation of each method with full training, in three ways, with intervals."""
     names = [name for name in METHODS if name in search["correlations"]]
     kinds = {
         "all": ("spearman", "all"),
@@ -607,7 +611,7 @@ def draw_robustness(content):
     for y, values in enumerate(errors.values(), 1):
         spread = np.linspace(-0.25, 0.25, len(values))  # points of one setting at one height
         axes.plot(values, y + spread, "o", color=PALETTE[0], alpha=0.6, markersize=4)
-    logarithmic(axes, axes.xaxis)
+    logarithmic(axes.xaxis)
     axes.set(xlabel="validation error", ylabel="normalization")
     caption = (
         f"{len(content['settings'])} settings drawn at random, the same for each normalization "
@@ -624,8 +628,8 @@ HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Figures</title><style>
 body { font: 16px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% }
-table { border-collapse: collapse; font-size: 85% }
-table { display: block; overflow-x: auto; white-space: nowrap }
+table { display: block; overflow-x: auto; white-space: nowrap; font-size: 85% }
+table { border-collapse: collapse }
 td { border-bottom: 1px solid #ccc; padding: .2rem .6rem }
 tr:first-child { font-weight: bold }</style>"""
 
@@ -765,7 +769,7 @@ def main(arguments):
     write_pages(out, blocks)
     remarks += filter(None, map(next_command, runs))
     print("\n".join([*remarks, f"{pictures} figures; open {out / 'report.html'}"]))
-    sys.exit(1 if damaged else 0)
+    sys.exit(bool(damaged))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A teacher makes synthetic images. A freshly initialised learner trains on them for a few
 SGD steps (the inner loop). Its loss on real data is differentiated through the whole of
-that training, and the teacher follows this meta-gradient (the outer step).
+that training, and the teacher takes a step against this meta-gradient (the outer step).
 
     python gtn.py           # embedded glyphs, no download: minutes on two CPU cores
     python gtn.py --help    # all settings
@@ -86,7 +86,7 @@ class Config:
 
     name: str = setting("A", "starts the run folder's name")
     variant: str = setting("learned", "what the learner trains on", choices=VARIANTS)
-    order: str = setting("in order", "of the images, drawn anew for every learner", choices=ORDERS)
+    order: str = setting("in order", "images, shuffled anew for every learner", choices=ORDERS)
     seed: int = setting(0, "fixes everything on a CPU", low=0, high=2**31 - 1)
     dataset: str = setting(
         "mnist",
@@ -154,7 +154,7 @@ class Config:
 
     @property
     def condition(self):
-        """Variant, and an order that is not "in order"; names folders and curves."""
+        """The variant, and its order unless that is "in order"; names folders and curves."""
         return self.variant if self.order == "in order" else f"{self.variant}-{self.order}"
 
 
@@ -758,14 +758,14 @@ def evaluate(teacher, data, split, learners, order=None, every_step=False):
         else:
             accuracies[k] = accuracy(states[-1][0], split, architecture)
     accuracies = gathered(accuracies)
-    row = {"order": order, "every_step": every_step}
-    row["transductive"] = config.normalization == "batch"  # predictions depend on each other
+    transductive = config.normalization == "batch"  # predictions depend on each other
+    row = {"order": order, "every_step": every_step, "transductive": transductive}
     return row | summary([accuracies[k] for k in range(learners)])
 
 
 def gathered(results):
     """The dicts of all processes in one."""
-    shares = [results] * WORLD
+    shares = [results] * WORLD  # each is overwritten, if there are several
     if WORLD > 1:
         distributed.all_gather_object(shares, results)
     return {key: x for share in shares for key, x in share.items()}
@@ -832,8 +832,7 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     elif path.suffix == ".json":
-        text = json.dumps(content, indent=1, allow_nan=False)
-        content = f"{text}\n".encode()
+        content = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     elif path.suffix == ".jsonl":
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in content).encode()
     temporary = path.with_name(path.name + ".tmp")
@@ -845,7 +844,8 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"cannot write {path}: {error.strerror}; what was there before is intact"
         ) from None
@@ -871,7 +871,7 @@ def locked(folder):
 def read_teacher(path, device="cpu", data=None):
     """The Teacher and the content of a .pt, with a Curriculum on the device.
 
-    Raises InputError for a damaged file, and for one of other images than `data`.
+    Raises InputError for a damaged file, and for one that was trained on other images than `data`.
     """
     content = read(path)
     with reading(path):
@@ -907,7 +907,7 @@ def read_teacher(path, device="cpu", data=None):
 
 def environment(device):
     """Where a result comes from; a commit ends in "-dirty" if files have changed."""
-    git = "git describe --always --dirty --abbrev=40 '--exclude=*'"
+    git = "git describe --always --dirty --abbrev=40 '--exclude=*'"  # by a shell: may be missing
     here = Path(__file__).parent
     answer = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here)
     cpu = f"{os.uname().machine} CPU, {torch.backends.cpu.get_cpu_capability()}"
@@ -944,7 +944,7 @@ def begin(config, data, folder, resume, init=None):
     path = folder / "checkpoint.pt"
     if path.exists():
         teacher, content = read_teacher(path, data.mean.device, data)
-        teacher.config = config
+        teacher.config = config  # --resume may change free settings
     else:
         with seeded(config.seed, TEACHER):
             teacher = Teacher(config, image_shape, data.classes).to(data.mean.device)
@@ -1032,7 +1032,7 @@ def train(config, data, folder, resume=False, init=None):
     steps = range(step + 1, config.outer_steps + 1)
     bar = tqdm(steps, folder.name, config.outer_steps, initial=step, disable=NO_BAR)
 
-    def add_line(event, **fields):
+    def add_line(event, **fields):  # of the present step of the loop below
         seconds = time.monotonic() - started
         log.append({"event": event, "step": step, "seconds": seconds, **fields})
 
@@ -1070,7 +1070,7 @@ def train(config, data, folder, resume=False, init=None):
 def evaluate_file(path, learners, data, device):
     """Test fresh learners of a teacher's file: print rows, and write them to evaluation.json.
 
-    Rows that are there of this very file, of as many learners or more, are only printed.
+    Rows of this very file that already have as many learners are only printed.
     """
     teacher, content = read_teacher(path, device, data)
     config = teacher.config
@@ -1089,15 +1089,15 @@ def evaluate_file(path, learners, data, device):
     tests = {(order, False): learners for order in orders}
     tests[config.order, True] = 1 + learners // 10
     for (order, every_step), n in tests.items():
-        write(output, result | {"rows": [*rows.values()]})  # an error comes before the work
         row = rows.get((order, every_step))
         if not row or row["n"] < n:
+            write(output, result | {"rows": [*rows.values()]})  # an error comes before the work
             split = first(data.test, 1000) if every_step else data.test
             row = evaluate(teacher, data, split, n, order, every_step)
             rows[order, every_step] = row
+            write(output, result | {"rows": [*rows.values()]})
         if RANK == 0 and not every_step:
             print(f"{order:<16}{in_words(row)}")
-    write(output, result | {"rows": [*rows.values()]})
 
 
 # ---- command line ----
@@ -1110,7 +1110,7 @@ def requirement(field):
         number = "a list of" if type(field.default) is tuple else "one of"
         return f"{number} {', '.join(str(x).lower() for x in about['choices'])}"
     if type(field.default) is str:
-        return "letters, digits, - and _"
+        return "letters, digits, ., - and _"
     return f"from {about['low']} to {about['high']:,}"
 
 
@@ -1154,8 +1154,9 @@ def make_config(name="quick", settings=()):
     changes = {"name": name, **configs[name]}
     for text in settings:
         key, _, value = text.partition("=")
-        with contextlib.suppress(ValueError, RecursionError):  # a bare word is a string
-            value = json.loads(value)
+        if type(getattr(Config, key, "")) is not str:
+            with contextlib.suppress(ValueError, RecursionError):  # `checked` says what is wrong
+                value = json.loads(value)
         changes[key] = value
     for key in changes:
         if key not in Config.__dataclass_fields__:
@@ -1184,16 +1185,17 @@ def choose_device(name):
     count = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
-    number = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
-    if number >= count:
-        raise InputError(f"--device {name}: process {number}, but {count} CUDA devices are here")
-    torch.cuda.set_device(number)
+    index = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
+    if index >= count:
+        raise InputError(f"--device {name}: no CUDA device {index}, there are {count}")
+    torch.cuda.set_device(index)
     torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions do anyway
-    return torch.device("cuda", number)
+    return torch.device("cuda", index)
 
 
 def run(program, command, arguments):
     """Exit status of command(arguments); an error that the user can fix is one line, and 2."""
+    status = 2
     try:
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1203,16 +1205,14 @@ def run(program, command, arguments):
             distributed.destroy_process_group()
         return 0
     except (InputError, OSError) as error:
-        status = 2
         line = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("alloc|out of mem", str(error)):
             raise
-        status = 2
         line = "error: out of memory: reduce batch_size, meta_batch_size, or choose flat=true"
     except KeyboardInterrupt:
         status = 130
-        line = "interrupted: all files are whole; the same command with --resume continues"
+        line = "interrupted: all files are whole; gtn.py and nas.py continue with --resume"
     print(f"{program}: {line}", file=sys.stderr)
     return status
 

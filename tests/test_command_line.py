@@ -40,7 +40,7 @@ def test_a_run_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*gtn.VARIANTS, "learned-all-shuffled", "pixels-batch-shuffled"])
-def test_variants_run_and_are_evaluated(run_gtn, tmp_path, kind):
+def test_variants_run_and_are_evaluated(run_gtn, tmp_path, monkeypatch, kind):
     variant, _, order = kind.partition("-")
     orders = sorted(gtn.ORDERS, key=lambda x: x != (order or "in order"))  # its own comes first
     status, _, error = run_gtn(
@@ -52,10 +52,13 @@ def test_variants_run_and_are_evaluated(run_gtn, tmp_path, kind):
     first = {(row["order"], row["every_step"]): row for row in rows}
     assert list(first) == [*((order, False) for order in orders), (orders[0], True)]
     assert torch.tensor(first[orders[0], True]["accuracies"]).shape == (1, 3)
-    for learners in (3, 2):  # more are measured, fewer are not
+    for learners in (3, 2):  # more are measured, fewer are not, nor said to be
+        monkeypatch.setattr(gtn, "environment", lambda _, n=learners: {"device": n})
         status, output, error = run_gtn("--evaluate", teacher, "--learners", learners)
         assert status == 0, error
-        rows = gtn.read(teacher.with_name("evaluation.json"))["rows"]
+        content = gtn.read(teacher.with_name("evaluation.json"))
+        rows = content["rows"]
+        assert content["environment"] == {"device": 3}
         assert [row["n"] for row in rows] == [3, 3, 3, 1]
         for row, order in zip(rows, orders, strict=False):
             assert row["order"] == order
@@ -122,8 +125,9 @@ def test_configs_hold_differences_alone():
         for key, value in changes.items():
             assert json.dumps(defaults[key]) != json.dumps(value), (name, key)
         gtn.make_config(name)
-    config = gtn.make_config("B", ["seed=3", "filters=[1,[2,3]]", "seed=4"])
-    assert (config.inner_steps, config.filters, config.seed) == (10, (1, (2, 3)), 4)
+    config = gtn.make_config("B", ["seed=3", "filters=[1,[2,3]]", "seed=4", "name=20"])
+    expected = 10, (1, (2, 3)), 4, "20"
+    assert (config.inner_steps, config.filters, config.seed, config.name) == expected
 
 
 REFUSED = [
@@ -138,13 +142,13 @@ REFUSED = [
     ("--set filters=[4,4,4,4,4,4]", "too deep? (6 conv blocks, images [1, 28, 28]"),
     ("--set outer_lr=NaN", "outer_lr=NaN: must be from 0 to 1, like 0.02"),
     ("--set outer_beta1=1", "outer_beta1=1: must be from 0 to 0.9999, like 0.5"),
-    ("--set name=../elsewhere", "must be letters, digits, - and _"),
+    ("--set name=../elsewhere", "must be letters, digits, ., - and _"),
     ("--set flat=1", "flat=1: must be one of false, true, like false"),
     ("--set hidden_size=100000 generator_filters=100000", "out of memory: reduce batch_size"),
     ("--outer-steps x", 'outer_steps="x": must be from 1 to 10,000,000'),
     ("--seed -1", "seed=-1: must be from 0"),
     ("--device tpu", "argument --device: invalid choice: 'tpu'"),
-    *[("--device cuda", "--device cuda: process 0, but 0 CUDA devices are here")]
+    *[("--device cuda", "--device cuda: no CUDA device 0, there are 0")]
     * (not torch.cuda.is_available()),
     ("--runs /dev/null", "Not a directory"),
     ("--nosuch", "unrecognized arguments: --nosuch"),

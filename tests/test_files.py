@@ -180,7 +180,7 @@ def test_ctrl_c_and_a_second_process(run_gtn, monkeypatch):
     monkeypatch.setattr(gtn, "outer_step", outer_step)
     status, _, error = run_gtn("--outer-steps", "3")
     assert (status, error.count("\n")) == (130, 1)
-    assert "--resume continues" in error
+    assert "continue with --resume" in error
 
 
 def test_kill_9_at_random_moments(tmp_path):
