@@ -769,7 +769,8 @@ def main(arguments):
     write_pages(out, blocks)
     remarks += filter(None, map(next_command, runs))
     print("\n".join([*remarks, f"{pictures} figures; open {out / 'report.html'}"]))
-    sys.exit(bool(damaged))
+    if damaged:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ def test_images_of_ones_own_through_all_commands(tmp_path, capsys, monkeypatch, 
         status, _, error = command(program, capsys, *arguments)
         assert status == 0, error
     assert [line["classes"] for line in gtn.read(next(folder.rglob("nas.jsonl")))] == [classes] * 2
-    with pytest.raises(SystemExit, match="0"):
-        analyze.main([])
+    analyze.main([])
     assert (tmp_path / "runs" / "figures" / "mine-learned-s0-images.png").exists()
 
     other = content | {"test_images": 255 - content["test_images"]}
