@@ -186,8 +186,9 @@ def next_command(run):
     step = run.log.get("step", steps)
     if step == steps and {*gtn.ORDERS} <= {*run.evaluation}:
         return None
+    missing = "tested" if step == steps else "finished"
     command = shlex.join([*run.command, "--resume"])
-    return f"{run.folder}: not finished, {step:,} of {steps:,} outer steps: {command}"
+    return f"{run.folder}: not {missing}, {step:,} of {steps:,} outer steps: {command}"
 
 
 # ---- tables ----

@@ -223,7 +223,8 @@ def test_commands_are_quoted_for_a_shell(tmp_path):
     assert analyze.next_command(unfinished).endswith(f": {command} --resume")
     finished = unfinished._replace(log={"step": 4})
     assert analyze.next_command(finished) is None
-    assert analyze.next_command(finished._replace(evaluation={"step": 4}))  # killed in its test
+    killed = finished._replace(evaluation={"step": 4})  # in its test
+    assert "toy-learned-s0: not tested, 4 of 4 outer steps: " in analyze.next_command(killed)
 
 
 def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monkeypatch):
