@@ -501,8 +501,8 @@ def draw_equivalents(runs):
         ends = [teacher.config.inner_steps, np.clip(bounds[0], steps[0], steps[-1])]
         look = {"color": colour, "linestyle": ":", "marker": "*", "markevery": [0]}
         axes.plot(ends, [accuracy, accuracy], label=f"{dataset}: a teacher", **look)
-        words = {0: f"under {steps[0]}", np.inf: f"over {steps[-1]}"}
-        equal, low, high = (words.get(x, f"{x:,.0f}") for x in bounds)
+        beyond = {0: f"under {steps[0]}", np.inf: f"over {steps[-1]}"}
+        equal, low, high = (beyond.get(x, f"{x:,.0f}") for x in bounds)
         worth.append(f"{dataset} {ends[0]} steps for {equal} real ones [{low}, {high}]")
     axes.set(xlabel="SGD steps", ylabel="test accuracy")
     caption = (
