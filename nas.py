@@ -162,26 +162,30 @@ def tune_control(space, config, data, settings, steps):
     return best | {"steps": steps, "grid": grid, "seconds": time.perf_counter() - started}
 
 
-def measure(architecture, data, sources, settings):
-    """Measure an architecture: its line of nas.jsonl. Seconds of truth are of one full training.
+def add_scores(line, data, sources, settings):
+    """The line of nas.jsonl of an architecture, with its sizes and what it learns briefly.
 
     sources: {method: [source, ...]}, of which the best score counts.
     """
-    line = architecture._asdict() | sizes(architecture, data.train.images.shape[1:])
-    seconds = {}
+    architecture = architecture_of(line)
+    line = line | sizes(architecture, data.train.images.shape[1:])
+    seconds = {"truth": 0}
     for name, several in sources.items():
         started = time.perf_counter()
         line[f"{name} scores"] = [score(x, architecture, data, settings) for x in several]
         line[name] = max(line[f"{name} scores"])
         seconds[name] = time.perf_counter() - started
-    truth = settings["truth"]
-    started = time.perf_counter()
-    line["truth"] = [
-        train_fully(architecture, data, truth["steps"], settings["seed"], repeat)
-        for repeat in range(truth["repeats"])
-    ]
-    seconds["truth"] = (time.perf_counter() - started) / truth["repeats"]
     return line | {"seconds": seconds}
+
+
+def add_truth(line, data, settings):
+    """The same line with its accuracies after full training, and the seconds of one training."""
+    repeats = settings["truth"]["repeats"]
+    arguments = architecture_of(line), data, settings["truth"]["steps"], settings["seed"]
+    started = time.perf_counter()
+    truth = [train_fully(*arguments, repeat) for repeat in range(repeats)]
+    seconds = (time.perf_counter() - started) / repeats
+    return line | {"truth": truth, "seconds": line["seconds"] | {"truth": seconds}}
 
 
 # ---- statistics of ranks ----
@@ -338,10 +342,11 @@ def architecture_table(lines):
     """Rows of text, the header first: the best architectures by the teacher."""
     table = [["rank", "architecture", "parameters", "multiply-adds", "teacher", "control", "truth"]]
     for line in sorted(lines, key=lambda line: -line["teacher"])[:10]:
-        truth = np.mean([repeat["validation"] for repeat in line["truth"]])
         name = f"{[*line['filters']]} {[*line['kernels']]} {line['pooling']}"
         numbers = [f"{line[size]:,}" for size in SIZES]
-        numbers += [f"{x:.4f}" for x in (line["teacher"], line["control"], truth)]
+        numbers += [f"{line[method]:.4f}" for method in ("teacher", "control")]
+        truth = [repeat["validation"] for repeat in line.get("truth", ())]
+        numbers.append(f"{np.mean(truth):.4f}" if truth else "-")
         table.append([str(len(table)), name, *numbers])
     return table
 
@@ -369,16 +374,21 @@ def ranking_table(result):
     return [*table, ["random pick", *["-"] * 7, picks, f"{random['shortlist']:.4f}"]]
 
 
+def print_table(table):
+    """Print rows of text as a table, and an empty line."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    print(flush=True)
+
+
 def report(result):
     """Print the tables of a nas.json."""
     if result["space"]["normalization"] == "batch":
         print("transductive: predictions depend on each other")
-    for table in (architecture_table(result["architectures"]), ranking_table(result)):
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            print("  ".join(cells).rstrip())
-        print()
+    print_table(architecture_table(result["architectures"]))
+    print_table(ranking_table(result))
     if len(result["architectures"]) < ENOUGH:
         print(f"no intervals: they need {ENOUGH} architectures")
 
@@ -420,10 +430,12 @@ def begin(folder, settings, resume, space, config, data):
             which = f"a search with other {', '.join(changes)}:"
         raise gtn.InputError(f"{folder} holds {which} choose another --out")
     with gtn.reading(log):
-        done = {architecture_of(line): line for line in lines}
+        done = {architecture_of(line): line for line in lines}  # of two, the one with its truth
+        truth = [{"validation": 0, "test": 0}] * settings["truth"]["repeats"]
+        lines = [{"truth": truth} | line for line in done.values()]
         if lines:  # raises an error now, not after hours, if a number is missing
             json.dumps(conclude(lines, settings | there), allow_nan=False)
-    gtn.write(log, lines)  # without a last line that was never finished
+    gtn.write(log, done.values())  # without a last line that was never finished
     return there["controls"], done
 
 
@@ -444,16 +456,16 @@ def describe(args, contents, config, space, device):
     return json.loads(json.dumps(settings))  # with lists, to compare with what is there
 
 
-def measure_missing(folder, architectures, done, data, sources, settings):
-    """The lines of all architectures; torchrun's processes measure those that are missing."""
-    missing = [architecture for architecture in architectures if architecture not in done]
-    share = missing[gtn.RANK :: gtn.WORLD]
-    for architecture in tqdm(share, folder.name, unit="net", disable=gtn.NO_BAR):
-        done[architecture] = measure(architecture, data, sources, settings)
+def measured(folder, lines, field, add, *arguments):
+    """The lines, those without the field after `add`; torchrun's processes share these."""
+    missing = [i for i, line in enumerate(lines) if field not in line]
+    new = {}
+    for i in tqdm(missing[gtn.RANK :: gtn.WORLD], field, unit="net", disable=gtn.NO_BAR):
+        new[i] = add(lines[i], *arguments)
         with open(folder / "nas.jsonl", "ab") as file:  # one write a line, for all processes
-            file.write((json.dumps(done[architecture], allow_nan=False) + "\n").encode())
-    done = gtn.gathered(done)
-    return [done[architecture] for architecture in architectures]
+            file.write((json.dumps(new[i], allow_nan=False) + "\n").encode())
+    new = gtn.gathered(new)
+    return [new.get(i, line) for i, line in enumerate(lines)]
 
 
 def search(args, device):
@@ -485,7 +497,12 @@ def search(args, device):
         for name, control in settings["controls"].items():
             numbers = [control[key] for key in ("steps", "lr", "momentum")]
             sources[name] = [control_source(config, args.seed, *numbers)]
-        lines = measure_missing(folder, architectures, done, data, sources, settings)
+        lines = [done.get(x, x._asdict()) for x in architectures]
+        lines = measured(folder, lines, "teacher", add_scores, data, sources, settings)
+        if gtn.RANK == 0 and not all("truth" in line for line in lines):
+            print("ranked by the teacher, before full training, which takes longer:")
+            print_table(architecture_table(lines))
+        lines = measured(folder, lines, "truth", add_truth, data, settings)
         if gtn.RANK == 0:
             result = conclude(lines, settings)
             gtn.write(folder / "nas.json", result)

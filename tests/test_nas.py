@@ -257,7 +257,8 @@ def test_a_search_end_to_end(teacher, few, capsys):
         "control": [nas.control_source(source.config, 0, *control)],
     }
     for x in reversed(lines):
-        again = nas.measure(nas.architecture_of(x), few, sources, result)
+        again = nas.add_scores(nas.architecture_of(x)._asdict(), few, sources, result)
+        again = nas.add_truth(again, few, result)
         assert without_seconds([x]) == without_seconds(
             [again | {key: x[key] for key in ("filters", "kernels")}]
         )
@@ -286,27 +287,51 @@ def test_what_a_teacher_costs():
     }
 
 
-def test_interrupted_resumed_and_continued_equals_straight(teacher, capsys, monkeypatch, tmp_path):
-    a, b, measure = tmp_path / "a", tmp_path / "b", nas.measure
+@pytest.mark.parametrize("where", ["add_scores", "add_truth"])
+def test_interrupted_resumed_and_continued_equals_straight(
+    where, teacher, capsys, monkeypatch, tmp_path
+):
+    a, b, add, times = tmp_path / "a", tmp_path / "b", getattr(nas, where), []
 
     def interrupted(*arguments):
         assert refused(capsys, "is in use by another process", teacher, "--out", a, "--resume")
-        if gtn.read(a / "nas.jsonl"):
+        times.append(1)
+        if len(times) == 2:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return add(*arguments)
 
-    monkeypatch.setattr(nas, "measure", interrupted)
+    monkeypatch.setattr(nas, where, interrupted)
     assert search(teacher, "--out", a) == 130
-    monkeypatch.setattr(nas, "measure", measure)
+    monkeypatch.setattr(nas, where, add)
     first = (a / "nas.jsonl").read_text()
+    assert first.count("\n") == {"add_scores": 1, "add_truth": 4}[where]
     (a / "nas.jsonl").write_text(first + '{"filters": [1')  # killed while it wrote
     assert (
         search(teacher, "--out", b, "--resume", "--architectures", 4) == 0
     )  # nothing there to resume
     monkeypatch.setattr(nas, "tune_control", None)  # its grid is not searched again
     assert search(teacher, "--out", a, "--resume", "--architectures", 4) == 0
-    assert (a / "nas.jsonl").read_text().startswith(first)  # to the seconds: not measured again
-    assert without_seconds(gtn.read(a / "nas.jsonl")) == without_seconds(gtn.read(b / "nas.jsonl"))
+    lines, straight = (gtn.read(x / "nas.json")["architectures"] for x in (a, b))
+    assert without_seconds(lines) == without_seconds(straight)
+    measured = json.loads(first.splitlines()[-1])["seconds"]  # to the seconds: not measured again
+    assert any(line["seconds"]["teacher"] == measured["teacher"] for line in lines)
+    if where == "add_truth":
+        assert measured in [line["seconds"] for line in lines]
+
+
+def test_the_ranking_by_the_teacher_comes_before_full_training(teacher, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nas, "train_fully", stop)
+    assert search(teacher) == 130
+    lines = gtn.read(teacher.with_name("nas-t-s0") / "nas.jsonl")
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == nas.architecture_table(lines)[0][:3] + header.split()[3:]
+    shown = [row.split()[-3:] for row in rows if row]
+    scores = sorted((line["teacher"] for line in lines), reverse=True)
+    assert [row[0] for row in shown] == [f"{x:.4f}" for x in scores]
+    assert {row[2] for row in shown} == {"-"}
 
 
 def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
@@ -323,7 +348,7 @@ def test_the_best_of_several_teachers_counts(teacher, few, capsys, tmp_path):
     assert any(len(set(line["teacher scores"])) == 2 for line in result["architectures"])
     alone = tmp_path / "alone"
     assert search(worse, "--architectures", 4, "--out", alone) == 0
-    scores = [line["teacher"] for line in gtn.read(alone / "nas.jsonl")]
+    scores = [line["teacher"] for line in gtn.read(alone / "nas.json")["architectures"]]
     assert scores == [line["teacher scores"][1] for line in result["architectures"]]
     assert result["teacher_seconds"] == 2 * content["seconds"]
     message = "teachers must be different files with the same dataset, inner_steps and batch_size"
@@ -338,14 +363,20 @@ def test_ranks_share_the_architectures(teacher, monkeypatch, tmp_path):
     second one."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert search(teacher, "--out", one, "--architectures", 5) == 0
-    lines = gtn.read(one / "nas.jsonl")
-    others = {nas.architecture_of(x): x for x in lines[1::2]}
+    lines = gtn.read(one / "nas.json")["architectures"]
+
+    def gathered(new):  # first the scores of all, then the truth
+        last = all("truth" in line for line in new.values())
+        kept = [{key: x[key] for key in x if last or key != "truth"} for x in lines]
+        return dict(enumerate(kept)) | new
+
     monkeypatch.setattr(gtn, "WORLD", 2)
-    monkeypatch.setattr(gtn, "gathered", lambda done: done | others)
+    monkeypatch.setattr(gtn, "gathered", gathered)
     for name in ("init_process_group", "broadcast_object_list"):
         monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     assert search(teacher, "--out", two, "--architectures", 5) == 0
-    assert without_seconds(gtn.read(two / "nas.jsonl")) == without_seconds(lines[::2])
+    written = gtn.read(two / "nas.jsonl")
+    assert without_seconds([x for x in written if "truth" in x]) == without_seconds(lines[::2])
     assert gtn.read(one / "nas.json")["correlations"] == gtn.read(two / "nas.json")["correlations"]
 
 
@@ -368,7 +399,8 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
     out, settings, log = (tmp_path / name for name in ("a", "a/search.json", "a/nas.jsonl"))
     assert search(teacher, "--out", out) == 0
     before = {path: path.read_bytes() for path in (settings, log)}
-    monkeypatch.setattr(nas, "measure", None)  # nothing is measured from now on
+    monkeypatch.setattr(nas, "add_scores", None)  # nothing is measured from now on
+    monkeypatch.setattr(nas, "add_truth", None)
     gtn.write(tmp_path / "other.pt", gtn.read(teacher) | {"seconds": 7.0})
     for arguments, message in [
         ([teacher], "holds this search: continue it with --resume"),
@@ -376,11 +408,12 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
         ([tmp_path / "other.pt", "--resume"], "holds a search with other sha256"),
     ]:
         assert refused(capsys, f"{out} {message}", *arguments, "--out", out), arguments
-    line, rest = before[log].decode().split("\n", 1)
+    *rest, line = before[log].decode().splitlines()
+    rest = "\n".join(rest) + "\n"
     damages = {"teacher": "0.5"}, {"control": math.nan}, {"truth": []}
-    damaged = [(log, json.dumps(json.loads(line) | x) + "\n" + rest) for x in damages]
+    damaged = [(log, rest + json.dumps(json.loads(line) | x) + "\n") for x in damages]
     nan = json.dumps(json.loads(before[settings]) | {"controls": {"control": {"lr": math.nan}}})
-    for path, text in [*damaged, (settings, nan), (settings, "{"), (log, "{}\n" + rest)]:
+    for path, text in [*damaged, (settings, nan), (settings, "{"), (log, rest + "{}\n")]:
         path.write_text(text)
         assert refused(capsys, f"cannot read {path}", teacher, "--out", out, "--resume"), text
         path.write_bytes(before[path])
