@@ -342,8 +342,10 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 
 def to_cuda(x):
-    """A tensor, or a tuple of such, on the CUDA device."""
-    return type(x)(*map(to_cuda, x)) if isinstance(x, tuple) else x.cuda()
+    """A tensor, or those in a tuple, on the CUDA device."""
+    if isinstance(x, tuple):
+        return type(x)(*map(to_cuda, x))
+    return x.cuda() if torch.is_tensor(x) else x
 
 
 @on_cuda
