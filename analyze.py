@@ -71,6 +71,8 @@ def known(source, config, order):
 # ---- reading ----
 
 BUDGET = "dataset", "inner_steps", "batch_size"  # the same in all runs of a name
+# the same in a teacher and the real data that it is compared with
+LEARNER = "batch_size filters least_blocks kernels pooling hidden_units normalization".split()
 # may differ in runs of one mean
 INCIDENTAL = {x.name for x in dataclasses.fields(gtn.Config) if x.metadata["free"]} | {"seed"}
 
@@ -447,12 +449,14 @@ def draw_overview(groups):
         strip.axis("off")
         title = f"{Path(dataset).name}: images of a teacher"
         strip.set_title(title, size=11, parse_math=False)
-        for name, label in (("learned", "its images"), ("real", "real images")):
+        sources = {"learned": "its images", "real": "real images"}
+        for (name, source), height in zip(sources.items(), (4, -14), strict=True):
             curves = np.concatenate(evaluated(conditions[name], "every step"))
             series = [(1 + np.arange(T), curve) for curve in curves]
-            draw_mean(axes, series, conditions[name][0].config, label=f"trained on {label}")
+            draw_mean(axes, series, conditions[name][0].config, label=f"trained on {source}")
             end = curves[:, -1].mean()
-            axes.text(T, end, f"{end:.2f}", ha="right", va="bottom")
+            place = {"xytext": (0, height), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(f"{end:.2f}", (T, end), color=COLOURS[name], **place)
         axes.set(xlabel="SGD step", ylabel="test accuracy", ylim=(0, 1))
     caption = (
         "Above: the first three images in each of a teacher's batches. Below: "
@@ -468,33 +472,41 @@ def equal_steps(accuracy, steps, accuracies):
     return np.exp(np.interp(accuracy, rising, np.log(steps), left=-np.inf, right=np.inf))
 
 
-def draw_equivalents(runs):
-    """How many real SGD steps the steps of a teacher are worth, for each data set.
+def comparisons(runs):
+    """(a run of `learned`, {inner steps: runs of `real`}) of each data set that has both.
 
-    Of data sets with a teacher, and with real data for at least three numbers of inner steps.
+    Real data of the teacher's batch size and learner, for at least three numbers of inner steps.
     """
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    spaced_by_error(axes.yaxis)
-    logarithmic(axes.xaxis)
-    worth = []
-    for dataset, colour in zip(gtn.DATASETS, PALETTE, strict=False):
+    result = []
+    for dataset in gtn.DATASETS:
         tested = [x for x in runs if x.config.dataset == dataset and "in order" in x.evaluation]
         teachers = [x for x in tested if x.config.condition == "learned"]
         if not teachers:
             continue
         teacher = max(teachers, key=lambda run: run.config.outer_steps)
-        kind = "real", teacher.config.batch_size
         real = {}
         for run in tested:
-            if (run.config.condition, run.config.batch_size) == kind:
-                real.setdefault(run.config.inner_steps, []).extend(run.evaluation["in order"])
-        if len(real) < 3:
-            continue
+            alike = all(getattr(run.config, key) == getattr(teacher.config, key) for key in LEARNER)
+            if alike and run.config.condition == "real":
+                real.setdefault(run.config.inner_steps, []).append(run)
+        if len(real) >= 3:
+            result.append((teacher, real))
+    return result
+
+
+def draw_equivalents(compared):
+    """How many real SGD steps the steps of a teacher are worth, for each of the `comparisons`."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    spaced_by_error(axes.yaxis)
+    logarithmic(axes.xaxis)
+    worth = []
+    for (teacher, real), colour in zip(compared, PALETTE, strict=False):
+        dataset = teacher.config.dataset
         steps = sorted(real)
-        summaries = [gtn.summary(real[T]) for T in steps]
-        mean = np.array([x["mean"] for x in summaries])
-        std = np.array([x["std"] or 0 for x in summaries])  # None of a single learner
+        tests = [np.concatenate(evaluated(real[T], "in order")) for T in steps]
+        mean = np.array([x.mean() for x in tests])
+        std = np.array([x.std(ddof=1) if len(x) > 1 else 0 for x in tests])
         axes.errorbar(steps, mean, std, color=colour, marker=".", label=f"{dataset}: real data")
         accuracy = teacher.evaluation["in order"].mean()
         bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]
@@ -753,12 +765,15 @@ def main(arguments):
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
-    for draw, argument in ((draw_overview, groups), (draw_equivalents, runs)):
+    compared = comparisons(runs)
+    for draw, argument in ((draw_overview, groups), (draw_equivalents, compared)):
         figure, caption = draw(argument)
         if any(axes.has_data() for axes in figure.axes):
             blocks.append(image_block(draw.__name__[5:], figure, caption))
+    shown = {x.config.name for _, real in compared for same in real.values() for x in same}
     for name, conditions in groups.items():
-        blocks += run_blocks(name, conditions)
+        if {*conditions} != {"real"} or name not in shown:
+            blocks += run_blocks(name, conditions)
     for path in files_below(folder, "robustness.json"):
         blocks += attempt(damaged, path, robustness_blocks, folder)
     for path in files_below(folder, "nas.json"):

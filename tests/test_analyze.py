@@ -166,19 +166,24 @@ def test_real_steps_that_equal_those_of_a_teacher(tmp_path):
     budget = {"dataset": "fashion", "batch_size": 12, "name": "t"}
     folders = [make_run(tmp_path, inner_steps=20, **budget)]
     for T, mean in ((10, 0.3), (20, 0.5), (80, 0.7)):
-        folders.append(make_run(tmp_path / str(T), variant="real", inner_steps=T, **budget))
+        budget["name"] = f"worth-{T}"
+        folders.append(make_run(tmp_path, variant="real", inner_steps=T, **budget))
         row = {"order": "in order", "every_step": False, "accuracies": [mean - 0.1, mean + 0.1]}
         gtn.write(folders[-1] / "evaluation.json", {"step": 4, "rows": [row]})
-    budget["batch_size"] = 11
-    folders.append(make_run(tmp_path / "other", variant="real", inner_steps=40, **budget))
+    budget |= {"name": "other", "batch_size": 11}
+    folders.append(make_run(tmp_path, variant="real", inner_steps=40, **budget))
     runs = [analyze.read_run(folder / "config.json", []) for folder in folders]
-    figure, caption = analyze.draw_equivalents(runs)
+    figure, caption = analyze.draw_equivalents(analyze.comparisons(runs))
     (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "*"]
     np.testing.assert_allclose(line.get_xydata(), [(20, 0.6), (40, 0.6)])
     assert "fashion 20 steps for 40 real ones [17, over 80]" in caption
-    assert not analyze.draw_equivalents(runs[:3])[0].axes[0].has_data()
+    assert analyze.comparisons(runs[:3]) == analyze.comparisons(runs[1:]) == []
     runs[0].evaluation["in order"] -= 0.35  # worse than 10 real steps
-    assert "for under 10 real ones [under 10, 14]" in analyze.draw_equivalents(runs)[1]
+    (pair,) = analyze.comparisons(runs)
+    assert "for under 10 real ones [under 10, 14]" in analyze.draw_equivalents([pair])[1]
+    assert run("--runs", tmp_path) == 0  # the comparison is the figure of its real data
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert {name.split("-")[0] for name in pictures} == {"equivalents", "t", "other"}
 
 
 def test_robustness_figure(tmp_path):
