@@ -14,7 +14,8 @@ teacher's curriculum, by the best of several teachers, and measures what the ran
   control_all  the same, on as many real batches as all teachers have together
   truth        validation accuracy after full training, the mean over `--repeats` seeds
 
-Test accuracy is reported, and never chooses an architecture.
+The ranking by the teacher is printed before full training. Test accuracy is reported, and never
+chooses an architecture.
 """
 
 import itertools
