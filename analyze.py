@@ -486,8 +486,9 @@ def comparisons(runs):
         teacher = max(teachers, key=lambda run: run.config.outer_steps)
         real = {}
         for run in tested:
-            alike = all(getattr(run.config, key) == getattr(teacher.config, key) for key in LEARNER)
-            if alike and run.config.condition == "real":
+            here, there = (vars(x.config) for x in (run, teacher))
+            same = all(here[key] == there[key] for key in LEARNER)
+            if same and run.config.condition == "real":
                 real.setdefault(run.config.inner_steps, []).append(run)
         if len(real) >= 3:
             result.append((teacher, real))
