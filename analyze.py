@@ -293,7 +293,7 @@ def spaced_by_error(axis):
     functions = (lambda x: -np.log10(np.maximum(1 - x, 1e-4))), (lambda y: 1 - 10.0**-y)
     set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
     set_scale("function", functions=functions)
-    ticks = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]
+    ticks = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998]
     axis.set_major_locator(AccuracyLocator(ticks))
     axis.set_major_formatter("{x:g}")
 
@@ -513,16 +513,17 @@ def draw_equivalents(compared):
         bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]
         ends = [teacher.config.inner_steps, np.clip(bounds[0], steps[0], steps[-1])]
         look = {"color": colour, "linestyle": ":", "marker": "*", "markevery": [0]}
-        axes.plot(ends, [accuracy, accuracy], label=f"{dataset}: a teacher", **look)
+        axes.plot(ends, [accuracy, accuracy], label=f"{dataset}: a teacher's steps", **look)
         beyond = {0: f"under {steps[0]}", np.inf: f"over {steps[-1]}"}
         equal, low, high = (beyond.get(x, f"{x:,.0f}") for x in bounds)
+        axes.annotate(equal, (ends[1], accuracy), ha="right", va="bottom", color=colour)
         worth.append(f"{dataset} {ends[0]} steps for {equal} real ones [{low}, {high}]")
     axes.set(xlabel="SGD steps", ylabel="test accuracy")
     caption = (
         "Test accuracy of fresh learners after so many SGD steps on real batches, with rates that "
         "were learned for each number of steps (bars: one standard deviation), and after those of "
-        f"a teacher: {'; '.join(worth)}. In brackets: for learners one standard deviation better, "
-        "and worse."
+        f"a teacher: {'; '.join(worth)}. In brackets: if the learners on real data are one standard "
+        "deviation better, or worse."
     )
     return figure, caption
 

@@ -68,7 +68,8 @@ def test_images_of_ones_own_through_all_commands(tmp_path, capsys, monkeypatch, 
     for program, arguments in ((gtn, evaluation), (nas, search)):
         status, _, error = command(program, capsys, *arguments)
         assert status == 0, error
-    assert [line["classes"] for line in gtn.read(next(folder.rglob("nas.jsonl")))] == [classes] * 2
+    result = gtn.read(next(folder.rglob("nas.json")))
+    assert [line["classes"] for line in result["architectures"]] == [classes] * 2
     analyze.main([])
     assert (tmp_path / "runs" / "figures" / "mine-learned-s0-images.png").exists()
 
