@@ -522,8 +522,8 @@ def draw_equivalents(compared):
     caption = (
         "Test accuracy of fresh learners after so many SGD steps on real batches, with rates that "
         "were learned for each number of steps (bars: one standard deviation), and after those of "
-        f"a teacher: {'; '.join(worth)}. In brackets: if the learners on real data are one standard "
-        "deviation better, or worse."
+        f"a teacher: {'; '.join(worth)}. In brackets: if the learners on real data are one "
+        "standard deviation better, or worse."
     )
     return figure, caption
 
