@@ -481,17 +481,16 @@ def comparisons(runs):
     for dataset in gtn.DATASETS:
         tested = [x for x in runs if x.config.dataset == dataset and "in order" in x.evaluation]
         teachers = [x for x in tested if x.config.condition == "learned"]
-        if not teachers:
-            continue
-        teacher = max(teachers, key=lambda run: run.config.outer_steps)
-        real = {}
-        for run in tested:
-            here, there = (vars(x.config) for x in (run, teacher))
-            same = all(here[key] == there[key] for key in LEARNER)
-            if same and run.config.condition == "real":
-                real.setdefault(run.config.inner_steps, []).append(run)
-        if len(real) >= 3:
-            result.append((teacher, real))
+        for teacher in sorted(teachers, key=lambda run: -run.config.outer_steps):
+            real = {}
+            for run in tested:
+                here, there = (vars(x.config) for x in (run, teacher))
+                same = all(here[key] == there[key] for key in LEARNER)
+                if same and run.config.condition == "real":
+                    real.setdefault(run.config.inner_steps, []).append(run)
+            if len(real) >= 3:
+                result.append((teacher, real))
+                break  # one teacher, of the most outer steps
     return result
 
 
@@ -767,15 +766,22 @@ def main(arguments):
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
-    compared = comparisons(runs)
+    kept = [run for conditions in groups.values() for same in conditions.values() for run in same]
+    compared = comparisons(kept)
     for draw, argument in ((draw_overview, groups), (draw_equivalents, compared)):
         figure, caption = draw(argument)
         if any(axes.has_data() for axes in figure.axes):
             blocks.append(image_block(draw.__name__[5:], figure, caption))
-    shown = {x.config.name for _, real in compared for same in real.values() for x in same}
+    shown = {x.folder for _, real in compared for same in real.values() for x in same}
+    only_there = []
     for name, conditions in groups.items():
-        if {*conditions} != {"real"} or name not in shown:
+        if {x.folder for same in conditions.values() for x in same} <= shown:
+            only_there.append(name)
+        else:
             blocks += run_blocks(name, conditions)
+    if only_there:
+        text = f"In no other figure than `equivalents`: {', '.join(only_there)}."
+        blocks.append(("p", text))
     for path in files_below(folder, "robustness.json"):
         blocks += attempt(damaged, path, robustness_blocks, folder)
     for path in files_below(folder, "nas.json"):

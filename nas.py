@@ -144,6 +144,15 @@ def control_source(config, seed, steps, lr, momentum):
     return source
 
 
+def control_sources(settings, config):
+    """{control: [its source]} of a search.json."""
+    sources = {}
+    for name, control in settings["controls"].items():
+        numbers = [control[key] for key in ("steps", "lr", "momentum")]
+        sources[name] = [control_source(config, settings["seed"], *numbers)]
+    return sources
+
+
 def tune_control(space, config, data, settings, steps):
     """{"steps", "lr", "momentum", ...}: the best of a grid, on other architectures.
 
@@ -386,8 +395,6 @@ def print_table(table):
 
 def report(result):
     """Print the tables of a nas.json."""
-    if result["space"]["normalization"] == "batch":
-        print("transductive: predictions depend on each other")
     print_table(architecture_table(result["architectures"]))
     print_table(ranking_table(result))
     if len(result["architectures"]) < ENOUGH:
@@ -425,17 +432,23 @@ def begin(folder, settings, resume, space, config, data):
         json.dumps(there, allow_nan=False)  # raises an error for NaN
         keys = "seed", "space", "score", "truth", "sha256"
         changes = [key for key in keys if there[key] != settings[key]]
+        if not changes:  # raises an error now, not after hours, if a number is damaged
+            control_sources(there, config)["control"][0](data)
     if changes or (lines and not resume):
         which = "this search: continue it with --resume, or"
         if changes:
             which = f"a search with other {', '.join(changes)}:"
         raise gtn.InputError(f"{folder} holds {which} choose another --out")
     with gtn.reading(log):
-        done = {architecture_of(line): line for line in lines}  # of two, the one with its truth
+        lines.sort(key=lambda line: "truth" in line)  # of two lines, the one with its truth counts
+        done = {architecture_of(line): line for line in lines}
         truth = [{"validation": 0, "test": 0}] * settings["truth"]["repeats"]
         lines = [{"truth": truth} | line for line in done.values()]
-        if lines:  # raises an error now, not after hours, if a number is missing
+        if lines:  # raises an error now, too
             json.dumps(conclude(lines, settings | there), allow_nan=False)
+            architecture_table(lines)
+            if {len(line["truth"]) for line in lines} != {len(truth)}:
+                raise ValueError("other repeats than in search.json")
     gtn.write(log, done.values())  # without a last line that was never finished
     return there["controls"], done
 
@@ -495,9 +508,9 @@ def search(args, device):
             torch.distributed.broadcast_object_list(begun)
         settings["controls"], done = begun[0]
         sources = {"teacher": [*map(teacher_source, teachers, contents)]}
-        for name, control in settings["controls"].items():
-            numbers = [control[key] for key in ("steps", "lr", "momentum")]
-            sources[name] = [control_source(config, args.seed, *numbers)]
+        sources |= control_sources(settings, config)
+        if gtn.RANK == 0 and space.normalization == "batch":
+            print("transductive: predictions depend on each other")
         lines = [done.get(x, x._asdict()) for x in architectures]
         lines = measured(folder, lines, "teacher", add_scores, data, sources, settings)
         if gtn.RANK == 0 and not all("truth" in line for line in lines):

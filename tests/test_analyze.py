@@ -170,20 +170,30 @@ def test_real_steps_that_equal_those_of_a_teacher(tmp_path):
         folders.append(make_run(tmp_path, variant="real", inner_steps=T, **budget))
         row = {"order": "in order", "every_step": False, "accuracies": [mean - 0.1, mean + 0.1]}
         gtn.write(folders[-1] / "evaluation.json", {"step": 4, "rows": [row]})
-    budget |= {"name": "other", "batch_size": 11}
-    folders.append(make_run(tmp_path, variant="real", inner_steps=40, **budget))
+    for change in ({"batch_size": 11}, {"filters": (2, 4)}, {"order": "all-shuffled"}):
+        settings = budget | {"name": f"other-{len(folders)}", "inner_steps": 40} | change
+        folders.append(make_run(tmp_path, variant="real", **settings))
+    settings = budget | {"name": "longer", "filters": (4, 4), "outer_steps": 5}
+    folders.append(make_run(tmp_path, steps=5, inner_steps=20, **settings))
     runs = [analyze.read_run(folder / "config.json", []) for folder in folders]
     figure, caption = analyze.draw_equivalents(analyze.comparisons(runs))
     (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "*"]
     np.testing.assert_allclose(line.get_xydata(), [(20, 0.6), (40, 0.6)])
     assert "fashion 20 steps for 40 real ones [17, over 80]" in caption
     assert analyze.comparisons(runs[:3]) == analyze.comparisons(runs[1:]) == []
+    assert analyze.comparisons(runs)[0][0] is runs[0]
     runs[0].evaluation["in order"] -= 0.35  # worse than 10 real steps
     (pair,) = analyze.comparisons(runs)
     assert "for under 10 real ones [under 10, 14]" in analyze.draw_equivalents([pair])[1]
     assert run("--runs", tmp_path) == 0  # the comparison is the figure of its real data
     pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert {name.split("-")[0] for name in pictures} == {"equivalents", "t", "other"}
+    assert {name.split("-")[0] for name in pictures} == {"equivalents", "t", "other", "longer"}
+    page = (tmp_path / "figures" / "README.md").read_text()
+    assert "In no other figure than `equivalents`: worth-10, worth-20, worth-80." in page
+    make_run(tmp_path, 1, "real", inner_steps=10, **budget | {"name": "worth-10"})
+    (tmp_path / "worth-10-real-s1" / "evaluation.json").unlink()  # still training: has a section
+    assert run("--runs", tmp_path) == 0
+    assert (tmp_path / "figures" / "worth-10-training.png").exists()
 
 
 def test_robustness_figure(tmp_path):

@@ -326,8 +326,12 @@ def test_the_ranking_by_the_teacher_comes_before_full_training(teacher, capsys, 
     monkeypatch.setattr(nas, "train_fully", stop)
     assert search(teacher) == 130
     lines = gtn.read(teacher.with_name("nas-t-s0") / "nas.jsonl")
-    _, header, *rows = capsys.readouterr().out.splitlines()
+    transductive, _, header, *rows = capsys.readouterr().out.splitlines()
+    assert transductive.startswith("transductive")
     assert header.split() == nas.architecture_table(lines)[0][:3] + header.split()[3:]
+    assert search(teacher, "--resume") == 130
+    written = gtn.read(teacher.with_name("nas-t-s0") / "nas.jsonl")
+    assert written == lines  # no truth that was not measured
     shown = [row.split()[-3:] for row in rows if row]
     scores = sorted((line["teacher"] for line in lines), reverse=True)
     assert [row[0] for row in shown] == [f"{x:.4f}" for x in scores]
@@ -412,9 +416,17 @@ def test_a_folder_is_not_overwritten(teacher, capsys, tmp_path, monkeypatch):
     rest = "\n".join(rest) + "\n"
     damages = {"teacher": "0.5"}, {"control": math.nan}, {"truth": []}
     damaged = [(log, rest + json.dumps(json.loads(line) | x) + "\n") for x in damages]
+    scores = {key: x for key, x in json.loads(line).items() if key != "truth"}
+    damaged.append((log, json.dumps(scores | {"control": math.nan}) + "\n"))
+    damaged.append((log, json.dumps(scores | {"teacher": 10**400}) + "\n"))
+    rates = {"controls": {"control": {"steps": 3, "lr": "x", "momentum": 0.5, "seconds": 1}}}
+    damaged.append((settings, json.dumps(json.loads(before[settings]) | rates)))
+    damaged.append((settings, json.dumps(json.loads(before[settings]) | {"controls": {}})))
     nan = json.dumps(json.loads(before[settings]) | {"controls": {"control": {"lr": math.nan}}})
     for path, text in [*damaged, (settings, nan), (settings, "{"), (log, rest + "{}\n")]:
         path.write_text(text)
         assert refused(capsys, f"cannot read {path}", teacher, "--out", out, "--resume"), text
         path.write_bytes(before[path])
+    log.write_text(rest + line + "\n" + rest)  # scores after the truth change nothing
     assert search(teacher, "--out", out, "--resume") == 0  # finished: reported again
+    assert "ranked by" not in capsys.readouterr().out
