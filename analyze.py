@@ -766,8 +766,8 @@ def main(arguments):
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
-    kept = [run for conditions in groups.values() for same in conditions.values() for run in same]
-    compared = comparisons(kept)
+    curves = [same for conditions in groups.values() for same in conditions.values()]
+    compared = comparisons([*itertools.chain(*curves)])
     for draw, argument in ((draw_overview, groups), (draw_equivalents, compared)):
         figure, caption = draw(argument)
         if any(axes.has_data() for axes in figure.axes):
