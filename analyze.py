@@ -280,12 +280,12 @@ def logarithmic(axis):
 
 
 class AccuracyLocator(FixedLocator):
-    """Ticks at accuracies that are often compared, or evenly spaced if fewer than two are seen."""
+    """Ticks at accuracies that are often compared; evenly spaced if under three are seen."""
 
     def __call__(self):
         low, high = sorted(self.axis.get_view_interval())
         inside = [x for x in self.locs if low <= x <= high]
-        return inside if len(inside) > 1 else MaxNLocator(4).tick_values(low, high)
+        return inside if len(inside) > 2 else MaxNLocator(4).tick_values(low, high)
 
 
 def spaced_by_error(axis):
@@ -505,8 +505,9 @@ def draw_equivalents(compared):
         dataset = teacher.config.dataset
         steps = sorted(real)
         tests = [np.concatenate(evaluated(real[T], "in order")) for T in steps]
-        mean = np.array([x.mean() for x in tests])
-        std = np.array([x.std(ddof=1) if len(x) > 1 else 0 for x in tests])
+        summaries = [gtn.summary(test) for test in tests]
+        mean = np.array([x["mean"] for x in summaries])
+        std = np.array([x["std"] or 0 for x in summaries])  # None of a single learner
         axes.errorbar(steps, mean, std, color=colour, marker=".", label=f"{dataset}: real data")
         accuracy = teacher.evaluation["in order"].mean()
         bounds = [equal_steps(accuracy, steps, mean + shift * std) for shift in (0, 1, -1)]

@@ -179,7 +179,7 @@ def add_scores(line, data, sources, settings):
     """
     architecture = architecture_of(line)
     line = line | sizes(architecture, data.train.images.shape[1:])
-    seconds = {"truth": 0}
+    seconds = {"truth": 0}  # until `add_truth`
     for name, several in sources.items():
         started = time.perf_counter()
         line[f"{name} scores"] = [score(x, architecture, data, settings) for x in several]
@@ -418,11 +418,11 @@ def begin(folder, settings, resume, space, config, data):
     path = folder / "search.json"
     log = folder / "nas.jsonl"
     lines = gtn.read(log) if log.exists() else []
+    steps = PASSES * config.inner_steps
+    lengths = {"control": steps}
+    if len(settings["teachers"]) > 1:
+        lengths["control_all"] = steps * len(settings["teachers"])
     if not lines and not path.exists():
-        steps = PASSES * config.inner_steps
-        lengths = {"control": steps}
-        if len(settings["teachers"]) > 1:
-            lengths["control_all"] = steps * len(settings["teachers"])
         controls = {}
         for name, length in lengths.items():
             controls[name] = tune_control(space, config, data, settings, length)
@@ -433,7 +433,8 @@ def begin(folder, settings, resume, space, config, data):
         keys = "seed", "space", "score", "truth", "sha256"
         changes = [key for key in keys if there[key] != settings[key]]
         if not changes:  # raises an error now, not after hours, if a number is damaged
-            control_sources(there, config)["control"][0](data)
+            for name in lengths:
+                control_sources(there, config)[name][0](data)
     if changes or (lines and not resume):
         which = "this search: continue it with --resume, or"
         if changes:
