@@ -463,18 +463,20 @@ def make_learner(architecture, image_shape):
         width //= 2
     layers.append(nn.Flatten())
     features = channels * height * width
-    if architecture.hidden_units:
+    output = nn.Linear(architecture.hidden_units or features, architecture.classes)
+    nn.init.zeros_(output.weight)  # Kaiming's cost 2 points (results/NOTES.md)
+    nn.init.zeros_(output.bias)
+    if architecture.hidden_units:  # then this layer starts near zero instead, for the same reason
         hidden = nn.Linear(features, architecture.hidden_units)
-        nn.init.kaiming_normal_(hidden.weight)
+        nn.init.normal_(hidden.weight, std=0.002)
         nn.init.zeros_(hidden.bias)
+        nn.init.orthogonal_(output.weight)
         layers += [hidden, nn.LeakyReLU()]
-        features = architecture.hidden_units
-    layers.append(nn.Linear(features, architecture.classes))
-    nn.init.zeros_(layers[-1].weight)  # Kaiming's cost 2 points (results/NOTES.md)
-    nn.init.zeros_(layers[-1].bias)
+    layers.append(output)
     if architecture.normalization == "weight":
-        nn.init.kaiming_normal_(layers[-1].weight)  # a weight of 0 has no direction
         for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)  # a weight of 0 has no direction
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 register_parametrization(layer, "weight", WeightNorm(layer.weight))
     return nn.Sequential(*layers)
