@@ -206,12 +206,11 @@ def number(x):
     return "-" if x is None else f"{x:.3f}"
 
 
-def result_table(groups):
-    """Rows of text, the header first: test accuracy by config, condition and order."""
+def result_table(curves):
+    """Rows of text, the header first: test accuracy of each list of runs, by order."""
     header = ["config", "trained with", "tested", "test accuracy", "n", "seeds"]
     header += ["std of seeds' means", *KNOWN, "outer steps", "minutes", "device"]
     table = [header]
-    curves = [runs for conditions in groups.values() for runs in conditions.values()]
     for runs, order in itertools.product(curves, gtn.ORDERS):
         tests = evaluated(runs, order)
         if not tests:
@@ -763,11 +762,11 @@ def main(arguments):
     command = shlex.join(["python", "analyze.py", *arguments])
     made = f"Made by `{command}`; {MADE}."
     blocks = [("h2", "Results"), ("p", made)]
-    table = result_table(groups)
+    curves = [same for conditions in groups.values() for same in conditions.values()]
+    table = result_table(curves)
     if len(table) > 1:
         blocks.append(("table", table))
     matplotlib.rcParams.update(STYLE)
-    curves = [same for conditions in groups.values() for same in conditions.values()]
     compared = comparisons([*itertools.chain(*curves)])
     for draw, argument in ((draw_overview, groups), (draw_equivalents, compared)):
         figure, caption = draw(argument)

@@ -130,7 +130,7 @@ def test_teachers_trained_under_an_order(tmp_path):
     budget |= {"inner_steps": 32, "batch_size": 128}
     for variant, order in [*(("learned", order) for order in gtn.ORDERS), ("random", "in order")]:
         make_run(tmp_path, variant=variant, order=order, **budget)
-    rows = analyze.result_table({"paper": read(tmp_path)[0]})[1:]
+    rows = analyze.result_table(read(tmp_path)[0].values())[1:]
     assert ["learned-batch-shuffled", "batch-shuffled", "0.500 +- 0.141"] in [x[1:4] for x in rows]
     assert {(x[1], x[2]): x[7] for x in rows if x[7] != "-"} == {
         ("learned", "in order"): "0.985",
@@ -269,12 +269,12 @@ def test_a_page_that_somebody_else_wrote_stays(tmp_path, capsys):
 def test_result_table(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path, seed)
-    _, row, *others = analyze.result_table({"toy": read(tmp_path)[0]})
+    _, row, *others = analyze.result_table(read(tmp_path)[0].values())
     std, between = np.std([0.5, 0.7, 0.6, 0.8], ddof=1), 0.1 / 2**0.5
     expected = ["toy", "learned", "in order", f"0.650 +- {std:.3f}", "4", "2", f"{between:.3f}"]
     assert (row, len(others)) == ([*expected, *"--", "4", "2.0", DEVICE], 2)
     make_run(tmp_path / "batch", normalization="batch")
-    rows = analyze.result_table({"toy": read(tmp_path / "batch")[0]})[1:]
+    rows = analyze.result_table(read(tmp_path / "batch")[0].values())[1:]
     assert [row[2] for row in rows] == [f"{order}, transductive" for order in gtn.ORDERS]
 
 
