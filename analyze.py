@@ -665,11 +665,12 @@ def write_pages(out, blocks):
     """Pictures, README.md and report.html, from blocks.
 
     ("h2" or "p", text), ("table", rows) or ("img", caption, name, bytes). `Code` in a text is shown
-    as code, and nothing else in it as markup. Raises ValueError if two pictures have one name.
+    as code, and nothing else in it as markup. Raises InputError if two pictures have one name.
     """
-    names = [block[2] for block in blocks if block[0] == "img"]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two pictures have one name: {sorted(names)}")
+    names = collections.Counter(block[2] for block in blocks if block[0] == "img")
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise gtn.InputError(f"{count} pictures would be {name}.png: rename a folder below --runs")
 
     def rich(text):
         return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))

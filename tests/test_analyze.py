@@ -257,6 +257,15 @@ def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monke
     assert sorted(path.stem for path in out.glob("*.png")) == names
 
 
+def test_two_pictures_of_one_name(tmp_path, capsys):
+    for name in ("a-b", "a/b"):
+        search = gtn.read(ROOT / "results" / "widths" / "nas.json")
+        gtn.write(tmp_path / "runs" / name / "nas.json", search)
+    assert run("--runs", tmp_path / "runs", "--out", tmp_path / "out") == 2
+    assert "2 pictures would be a-b-ranking.png: rename a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_page_that_somebody_else_wrote_stays(tmp_path, capsys):
     make_run(tmp_path)
     (tmp_path / "README.md").write_text("mine")
