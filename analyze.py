@@ -668,9 +668,10 @@ def write_pages(out, blocks):
     as code, and nothing else in it as markup. Raises InputError if two pictures have one name.
     """
     names = collections.Counter(block[2] for block in blocks if block[0] == "img")
-    name, count = names.most_common(1)[0]
-    if count > 1:
-        raise gtn.InputError(f"{count} pictures would be {name}.png: rename a folder below --runs")
+    for name, count in names.items():
+        if count > 1:
+            advice = "rename a folder below --runs"
+            raise gtn.InputError(f"{count} pictures would be {name}.png: {advice}")
 
     def rich(text):
         return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))

@@ -258,8 +258,8 @@ def test_pictures_have_names_of_their_own_and_links_are_followed(tmp_path, monke
 
 
 def test_two_pictures_of_one_name(tmp_path, capsys):
+    search = gtn.read(ROOT / "results" / "widths" / "nas.json")
     for name in ("a-b", "a/b"):
-        search = gtn.read(ROOT / "results" / "widths" / "nas.json")
         gtn.write(tmp_path / "runs" / name / "nas.json", search)
     assert run("--runs", tmp_path / "runs", "--out", tmp_path / "out") == 2
     assert "2 pictures would be a-b-ranking.png: rename a folder" in capsys.readouterr().err
