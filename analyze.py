@@ -209,7 +209,7 @@ def number(x):
 def result_table(curves):
     """Rows of text, the header first: test accuracy of each list of runs, by order."""
     header = ["config", "trained with", "tested", "test accuracy", "n", "seeds"]
-    header += ["std of seeds' means", *KNOWN, "outer steps", "minutes", "device"]
+    header += ["std of seeds' means", *KNOWN, "outer steps", "minutes of each seed", "device"]
     table = [header]
     for runs, order in itertools.product(curves, gtn.ORDERS):
         tests = evaluated(runs, order)
@@ -218,7 +218,7 @@ def result_table(curves):
         config = runs[0].config
         pooled = gtn.summary(np.concatenate(tests))
         means = gtn.summary([x.mean() for x in tests])
-        minutes = [run.log["minutes"] for run in runs if run.log]
+        minutes = [f"{run.log['minutes']:.1f}" for run in runs if run.log]
         transductive = ", transductive" if config.normalization == "batch" else ""
         row = [config.name, config.condition, order + transductive]
         spread = f" +- {number(pooled['std'])}" if pooled["n"] > 1 else ""
@@ -226,8 +226,8 @@ def result_table(curves):
         row += [str(means["n"]), number(means["std"])]
         row += [number(known(source, config, order)) for source in KNOWN]
         row.append(", ".join(sorted({f"{x.evaluation['step']:,}" for x in runs if x.evaluation})))
-        row.append(f"{np.mean(minutes):.1f}" if minutes else "-")
-        row.append(", ".join(sorted({run.device for run in runs})))
+        row.append(", ".join(minutes) or "-")
+        row.append("; ".join(dict.fromkeys(run.device for run in runs)))
         table.append(row)
     return table
 

@@ -40,7 +40,7 @@ def make_run(folder, seed=0, variant="learned", steps=4, teacher=False, **change
         validation = {"accuracy": {"mean": 1 - 0.5 / (1 + step) / 4**seed}}
         validation["lr"] = [0.01 * 4**seed * t for t in range(1, T + 1)]
         validation["momentum"] = [0.5 + 0.1 * step] * T
-        event = {"step": step, "seconds": 30.0 * step}
+        event = {"step": step, "seconds": 30.0 * step * (1 + seed)}
         log.append(event | {"event": "validation"} | validation)
         log.append(event | {"event": "step", "meta_loss": 4.0**seed / (1 + step)})
     gtn.write(folder / "log.jsonl", log)
@@ -281,7 +281,7 @@ def test_result_table(tmp_path):
     _, row, *others = analyze.result_table(read(tmp_path)[0].values())
     std, between = np.std([0.5, 0.7, 0.6, 0.8], ddof=1), 0.1 / 2**0.5
     expected = ["toy", "learned", "in order", f"0.650 +- {std:.3f}", "4", "2", f"{between:.3f}"]
-    assert (row, len(others)) == ([*expected, *"--", "4", "2.0", DEVICE], 2)
+    assert (row, len(others)) == ([*expected, *"--", "4", "2.0, 4.0", DEVICE], 2)
     make_run(tmp_path / "batch", normalization="batch")
     rows = analyze.result_table(read(tmp_path / "batch")[0].values())[1:]
     assert [row[2] for row in rows] == [f"{order}, transductive" for order in gtn.ORDERS]
