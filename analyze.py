@@ -218,7 +218,7 @@ def result_table(curves):
         config = runs[0].config
         pooled = gtn.summary(np.concatenate(tests))
         means = gtn.summary([x.mean() for x in tests])
-        minutes = [f"{run.log['minutes']:.1f}" for run in runs if run.log]
+        minutes = [f"{run.log['minutes']:.1f}" if run.log else "-" for run in runs]
         transductive = ", transductive" if config.normalization == "batch" else ""
         row = [config.name, config.condition, order + transductive]
         spread = f" +- {number(pooled['std'])}" if pooled["n"] > 1 else ""
@@ -226,7 +226,7 @@ def result_table(curves):
         row += [str(means["n"]), number(means["std"])]
         row += [number(known(source, config, order)) for source in KNOWN]
         row.append(", ".join(sorted({f"{x.evaluation['step']:,}" for x in runs if x.evaluation})))
-        row.append(", ".join(minutes) or "-")
+        row.append(", ".join(minutes))
         row.append("; ".join(dict.fromkeys(run.device for run in runs)))
         table.append(row)
     return table

@@ -282,6 +282,8 @@ def test_result_table(tmp_path):
     std, between = np.std([0.5, 0.7, 0.6, 0.8], ddof=1), 0.1 / 2**0.5
     expected = ["toy", "learned", "in order", f"0.650 +- {std:.3f}", "4", "2", f"{between:.3f}"]
     assert (row, len(others)) == ([*expected, *"--", "4", "2.0, 4.0", DEVICE], 2)
+    (tmp_path / "toy-learned-s0/log.jsonl").unlink()
+    assert analyze.result_table(read(tmp_path)[0].values())[1][-2] == "-, 4.0"
     make_run(tmp_path / "batch", normalization="batch")
     rows = analyze.result_table(read(tmp_path / "batch")[0].values())[1:]
     assert [row[2] for row in rows] == [f"{order}, transductive" for order in gtn.ORDERS]
